@@ -1,0 +1,373 @@
+"""Hooks on an unchanged module, and the sampled backward: a at each layer in the forward, g from scores sent back.
+
+The scores go back through the user's own graph by ``torch.autograd.grad`` to the layers' outputs only, so that weight
+gradients are not computed and nothing the user sees changes. A is formed in the forward: no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from .errors import CaptureError
+from .hooks import Hook, Owner, in_backward
+from .layers.sharing import (
+    expanded_gradient_moment,
+    expanded_input_moment,
+    kept,
+    masked,
+    pooled_inputs,
+    reduced_input_moment,
+)
+from .layers.survey import Layer
+from .likelihoods import Likelihood
+from .linalg.moments import second_moment
+from .statistics import LayerSums, Statistics, check_finite, statistic_dtype
+
+#: Forwards that may wait for their loss, and forwards heard that are remembered. Beyond it the oldest are let go: each
+#: holds its graph, and a validation loop with gradients enabled must not fill the memory.
+MAX_WAITING = 16
+MAX_SPENT = 4
+
+Positions = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
+Heard = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
+
+
+@dataclass
+class _Use:
+    """One call of a layer's module: where its output gradient arrives, and how to read it."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    module: nn.Module
+    keep: Tensor | None
+
+
+@dataclass
+class _Entry:
+    """A layer in one forward: its summed inputs and its uses.
+
+    ``inputs`` and ``count`` are the moment and number of positions for 'expand', the pooled activations and their
+    numbers for 'reduce'.
+    """
+
+    layer: Layer
+    inputs: Tensor
+    count: Tensor
+    uses: list[_Use] = field(default_factory=list)
+
+
+@dataclass
+class Forward:
+    """What one forward of the model left at its layers."""
+
+    positions: Tensor | None = None
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    #: Whether an explicit update may still take the place of what was heard of it.
+    replaceable: bool = False
+
+
+class Capture:
+    """Listens to the layers of a model and sends scores back to them.
+
+    Args:
+        model: the module whose calls delimit forwards.
+        layers: the layers to listen to, by name.
+        due: whether this moment's forward is to be captured; asked at every call of a layer, so it must be cheap.
+        owner: whose hooks these are.
+        positions: of (args, kwargs) of the model's call: a bool mask (B, T) of real positions, or None.
+        heard: called with (args, kwargs, outputs) after each captured call of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        *,
+        due: Callable[[], bool],
+        owner: Owner | None,
+        positions: Positions | None = None,
+        heard: Heard | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.waiting: list[Forward] = []
+        self.spent: list[Forward] = []
+        self.fired: set[str] = set()
+        self.forgotten = 0
+        self._due = due
+        self._owner = owner
+        self._positions = positions
+        self._heard = heard
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Put the hooks on; first among a module's hooks, to see outputs as the layer made them."""
+
+        def hook(call: Callable[..., Any]) -> Hook:
+            return Hook(call, self._owner)
+
+        root = self.model
+        self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True, prepend=True)]
+        for layer in self.layers.values():
+            for module in dict.fromkeys(layer.modules):
+                self._handles.append(module.register_forward_hook(hook(partial(self._layer, layer)), prepend=True))
+        if self._heard is not None:
+            self._handles.append(root.register_forward_hook(hook(self._end), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off; nothing of them remains on the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all forwards; called once their step is over."""
+        self.waiting.clear()
+        self.spent.clear()
+
+    def listening(self) -> bool:
+        """Whether a forward at this moment is captured: due, with gradients, and not a recomputation."""
+        return torch.is_grad_enabled() and not in_backward() and self._due()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.listening():
+            del self.spent[:-MAX_SPENT]
+            self._open(None if self._positions is None else self._positions(args, kwargs))
+
+    def _open(self, positions: Tensor | None) -> Forward:
+        self.waiting = [forward for forward in self.waiting if forward.entries]
+        if len(self.waiting) >= MAX_WAITING:
+            self.waiting.pop(0)
+            self.forgotten += 1
+        self.waiting.append(Forward(positions))
+        return self.waiting[-1]
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        if self._heard is not None and self.listening():
+            self._heard(args, kwargs, outputs)
+
+    def _layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.listening():
+            return
+        if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+            raise CaptureError(
+                f"layer '{layer.name}' ({layer.kind.name}) was called with {[type(arg).__name__ for arg in args]} and "
+                f"returned {type(output).__name__}: expected one tensor each. Pass the input by position, or exclude "
+                f"the layer with rules={{'{layer.name}': dict(exclude=True)}}."
+            )
+        if not output.requires_grad:
+            return
+        layer.check_unchanged()
+        self.fired.add(layer.name)
+        forward = self.waiting[-1] if self.waiting else self._open(None)
+        edge = _edge(output)
+        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+            a = layer.kind.activations(module, args[0].detach().to(statistic_dtype(args[0].dtype)))
+            keep = kept(forward.positions, a.shape[-3], a.shape[-2])
+            self._add(forward, layer, a, keep)
+        forward.entries[layer.name].uses.append(_Use(edge, output.shape, module, keep))
+
+    @staticmethod
+    def _add(forward: Forward, layer: Layer, a: Tensor, keep: Tensor | None) -> None:
+        """Add one use's inputs to the layer's entry of this forward."""
+        if layer.layout.weight is None:
+            a = a[..., :0]
+        if layer.sharing == "expand":
+            inputs, count = expanded_input_moment(a, keep, bias=layer.layout.bias is not None)
+        else:
+            inputs, count = pooled_inputs(a, keep)
+        entry = forward.entries.get(layer.name)
+        if entry is None:
+            forward.entries[layer.name] = _Entry(layer, inputs, count)
+            return
+        _same_examples(layer, entry.inputs, inputs)
+        entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
+
+    def send_back(
+        self,
+        outputs: Sequence[Tensor],
+        scores: Iterable[tuple[Sequence[Tensor], float]],
+        *,
+        examples: int,
+        again: bool = False,
+        replaceable: bool = False,
+    ) -> dict[str, LayerSums] | None:
+        """Send scores back from ``outputs`` to the layers of the forwards they were computed by.
+
+        Args:
+            outputs: what the scores are gradients of -log p with respect to.
+            scores: for each draw the scores, shaped as the outputs, and the draw's weight in G.
+            examples: N, along dimension 0 of the outputs; 'reduce' needs it.
+            again: use the replaceable forwards that were sent back to before.
+            replaceable: whether those reached may be sent back to again.
+
+        Returns:
+            The sums of the layers reached, by name; None where the outputs do not come from any forward held.
+
+        Raises:
+            CaptureError: the graph was freed already, or a layer's examples do not match.
+        """
+        forwards = [forward for forward in self.spent if forward.replaceable] if again else self.waiting
+        uses = [
+            (index, entry, use)
+            for index, forward in enumerate(forwards)
+            for entry in forward.entries.values()
+            for use in entry.uses
+        ]
+        if not uses:
+            return None
+        sums: dict[str, LayerSums] = {}
+        touched: set[int] = set()
+        for score, weight in scores:
+            gradients = _gradients(outputs, [use.edge for _, _, use in uses], score)
+            touched.update(index for (index, _, _), g in zip(uses, gradients, strict=True) if g is not None)
+            if not touched:
+                return None
+            reached = [(entry, use, g) for (_, entry, use), g in zip(uses, gradients, strict=True) if g is not None]
+            del gradients
+            with torch.no_grad():
+                _add_gradients(sums, reached, weight, examples)
+        heard = [forwards[index] for index in sorted(touched)]
+        with torch.no_grad():
+            _add_inputs(sums, heard)
+        for forward in heard:
+            forward.replaceable = replaceable
+        if not again:
+            self.waiting = [forward for forward in self.waiting if not any(forward is one for one in heard)]
+            self.spent += heard
+        return sums
+
+    def came_from_spent(self, outputs: Tensor) -> bool:
+        """Whether a forward that was sent back to already computed these outputs."""
+        edges = [use.edge for forward in self.spent for entry in forward.entries.values() for use in entry.uses]
+        if not edges:
+            return False
+        found = _gradients([outputs], edges, [torch.zeros_like(outputs)])
+        return any(gradient is not None for gradient in found)
+
+
+def gathered(
+    capture: Capture,
+    outputs: Tensor,
+    likelihood: Likelihood,
+    scores: Iterable[tuple[Tensor, float]],
+    *,
+    invalid: Tensor,
+    again: bool = False,
+    replaceable: bool = False,
+) -> Statistics | None:
+    """The statistics of one batch: scores sent back from its outputs, with the counts and flags of the likelihood.
+
+    Args:
+        capture: holds the forward that computed ``outputs``.
+        outputs: what parametrises p.
+        likelihood: bound to the batch; it says M and N.
+        scores: (score, weight in G), one a draw or column.
+        invalid: 0-d bool, some label is out of range: such a batch counts as not finite.
+        again, replaceable: as for ``Capture.send_back``.
+
+    Returns:
+        None where the outputs do not come from any forward held.
+    """
+    examples = likelihood.examples(outputs)
+    pairs = (((score,), weight) for score, weight in scores)
+    sums = capture.send_back([outputs], pairs, examples=examples, again=again, replaceable=replaceable)
+    if sums is None:
+        return None
+    finite, nonfinite = check_finite(sums)
+    divisor = likelihood.terms(outputs)
+    return Statistics(
+        sums, divisor, likelihood.reduction != "sum", examples, finite & ~invalid.to(finite.device), nonfinite
+    )
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where the gradient of a layer's output arrives.
+
+    A view's own edge is useless once the view is changed in place (a linear layer with bias returns a view of a
+    two-dimensional product); its base's edge is not.
+    """
+    base = output._base
+    if base is not None and base.requires_grad and base.numel() == output.numel():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
+
+
+def _gradients(outputs: Sequence[Tensor], edges: Sequence[GradientEdge], scores: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One backward from scores to edges. Autocast would reach into it, hence off."""
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        try:
+            return torch.autograd.grad(outputs, edges, scores, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise CaptureError(
+                "the graph of these outputs was freed by a backward already: call kfac.update(outputs) before "
+                "loss.backward()."
+            ) from error
+
+
+def _add_gradients(
+    sums: dict[str, LayerSums], reached: Iterable[tuple[_Entry, _Use, Tensor]], weight: float, examples: int
+) -> None:
+    """Add one draw's g g^T to the sums of the layers reached."""
+    pooled: dict[str, tuple[Layer, Tensor]] = {}
+    for entry, use, gradient in reached:
+        layer = entry.layer
+        g = gradient.to(statistic_dtype(gradient.dtype)).reshape(use.shape)
+        g = masked(layer.kind.output_gradients(use.module, g), use.keep)
+        if layer.sharing == "expand":
+            _accumulate(sums, layer, expanded_gradient_moment(g), weight)
+            continue
+        if g.shape[-3] != examples:
+            raise CaptureError(
+                f"layer '{layer.name}' with sharing='reduce' has {g.shape[-3]} entries along its first dimension, the "
+                f"outputs have {examples} examples along theirs: keep examples along dimension 0 of both, or use "
+                f"sharing='expand' for it."
+            )
+        total = g.sum(dim=-2)
+        pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
+    for layer, total in pooled.values():
+        _accumulate(sums, layer, second_moment(total), weight)
+
+
+def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, weight: float) -> None:
+    moment = moment if weight == 1.0 else moment.mul_(weight)
+    mine = sums.get(layer.name)
+    if mine is None:
+        empty = moment.new_zeros(())
+        sums[layer.name] = LayerSums(empty, empty, moment)
+    else:
+        assert mine.G is not None
+        mine.G.add_(moment)
+
+
+def _add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
+    """Put the inputs of the forwards heard into the sums of the layers that a gradient reached."""
+    for name, mine in sums.items():
+        entries = [forward.entries[name] for forward in heard if name in forward.entries]
+        inputs, count = entries[0].inputs, entries[0].count
+        for entry in entries[1:]:
+            _same_examples(entry.layer, inputs, entry.inputs)
+            inputs, count = inputs + entry.inputs, count + entry.count
+        layer = entries[0].layer
+        if layer.sharing == "reduce":
+            inputs, count = reduced_input_moment(inputs, count, bias=layer.layout.bias is not None)
+        mine.A, mine.A_count = inputs, count
+
+
+def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:
+    if layer.sharing == "reduce" and mine.shape != theirs.shape:
+        raise CaptureError(
+            f"layer '{layer.name}' with sharing='reduce' was used on {mine.shape[-2]} and on {theirs.shape[-2]} examples "
+            f"in one forward: use sharing='expand' for it."
+        )

@@ -1,0 +1,42 @@
+"""Counter-based label draws: a seed and a step give the generators, so that numbers alone are saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class Draws:
+    """Generators of label draws: one for each draw of a step, the same whenever that step comes.
+
+    Micro-batches of one step go on in the same stream, so that on CPU the draw of an example does not depend on how
+    the data are split. The global generator is neither read from nor advanced. Data-parallel ranks differ.
+
+    Args:
+        seed: None takes ``torch.initial_seed()``.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = torch.initial_seed() if seed is None else seed
+        self._step = -1
+        self._streams: dict[tuple[int, torch.device], torch.Generator] = {}
+
+    def generators(self, *, step: int, count: int, device: torch.device) -> list[torch.Generator | None]:
+        """The generators of ``count`` draws of ``step``; None each on the meta device, which draws nothing."""
+        if device.type == "meta":
+            return [None] * count
+        if step != self._step:
+            self._step = step
+            self._streams.clear()
+        return [self._stream(draw, device) for draw in range(count)]
+
+    def _stream(self, draw: int, device: torch.device) -> torch.Generator:
+        stream = self._streams.get((draw, device))
+        if stream is None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            words = np.random.SeedSequence([self.seed % 2**64, self._step, draw, rank]).generate_state(1, np.uint64)
+            # Half of the range: a seed is a signed number to some devices.
+            stream = torch.Generator(device=device).manual_seed(int(words[0]) >> 1)
+            self._streams[draw, device] = stream
+        return stream

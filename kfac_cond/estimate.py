@@ -1,0 +1,256 @@
+"""The Fisher of a model over data: one pass, a block per layer, nothing of the model changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture, gathered
+from .data import Data, call_model, leading_dimension
+from .draws import Draws
+from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
+from .hooks import hook_owners
+from .layers.survey import Layer, survey
+from .likelihoods import Likelihood, as_likelihood, exact_scores, sampled_scores
+from .listening import bound_to_batch
+from .progress import tracked
+from .statistics import Statistics
+from .structures import Fisher, KroneckerBlock
+
+logger = logging.getLogger("kfac_cond")
+
+Kind = Literal["sampled", "exact"]
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What rarely changes from one estimate to the next.
+
+    Args:
+        layers: pattern or patterns (``fnmatch``) of the layers wanted; None for all.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=)}.
+        seed: seed of the label draws; None takes ``torch.initial_seed()``.
+        draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
+        progress: show a progress bar; None shows it on a terminal.
+        data: where to find masks, positions and outputs in a batch.
+    """
+
+    layers: str | Sequence[str] | None = None
+    rules: Mapping[str, Mapping[str, Any]] | None = None
+    seed: int | None = None
+    draws: Iterable[Sequence[Tensor]] | None = None
+    progress: bool | None = None
+    data: Data | None = None
+
+
+def estimate(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    *,
+    structure: str = "kfac",
+    kind: Kind = "sampled",
+    samples: int = 1,
+    options: Options | None = None,
+) -> Fisher:
+    """The conditional Fisher of ``model`` over ``data``: inputs from the data, labels from the model.
+
+    The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the same
+    afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws).
+
+    Args:
+        model: any module.
+        data: batches, or a function that yields them: a tensor, a tuple (inputs, labels), or a mapping of keyword
+            arguments. Labels serve masks and class weights alone.
+        likelihood: a likelihood, its name, or a criterion module.
+        structure: 'kfac', a Kronecker pair for each layer.
+        kind: 'sampled' draws ``samples`` labels for each term; 'exact' sums over all labels in closed form (type-2),
+            one backward for each term of an example and each output.
+        samples: label draws a batch, each one backward through the one forward.
+        options: see ``Options``.
+
+    Returns:
+        A ``Fisher``: a mapping from layer name to block.
+
+    Raises:
+        ArgumentError: an argument out of range, or data that yield nothing.
+        CoverageError: no layer to cover, or a pattern that matches none.
+        LikelihoodError: outputs or labels that do not fit the likelihood.
+        NumericalError: a batch with statistics that are not finite.
+
+    Example:
+        >>> import torch, kfac_cond as kc
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> fisher = kc.estimate(model, [torch.randn(8, 3)], "categorical", samples=4)
+        >>> fisher["0"].A.shape, fisher["0"].G.shape
+        (torch.Size([4, 4]), torch.Size([4, 4]))
+
+    Source: Martens & Grosse 2015 (arXiv:1503.05671), section 3; Martens 2020 (arXiv:1412.1193), section 9 for the exact
+    expectation.
+    """
+    options = options or Options()
+    _check(model, structure, kind, samples, options)
+    layers = _wanted(model, options)
+    single = _Pass(model, layers, as_likelihood(likelihood, heard=False), kind, samples, options)
+    total: Statistics | None = None
+    with single.listening():
+        batches = data() if callable(data) else data
+        for number, batch in enumerate(tracked(batches, description="Fisher", show=options.progress)):
+            statistics = single.statistics(number, batch)
+            total = statistics if total is None else total.merged(statistics)
+    if total is None:
+        raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
+    return single.fisher(total)
+
+
+def _check(model: nn.Module, structure: str, kind: str, samples: int, options: Options) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
+    if structure != "kfac":
+        raise ArgumentError(f"structure={structure!r}: expected 'kfac'")
+    if kind not in ("sampled", "exact"):
+        raise ArgumentError(f"kind={kind!r}: expected 'sampled' or 'exact'")
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise ArgumentError(f"samples={samples!r}: expected a whole number >= 1")
+    if kind == "exact" and (samples != 1 or options.draws is not None):
+        raise ArgumentError("kind='exact' draws no labels: leave out samples and draws")
+
+
+def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
+    found = survey(model, options.rules).layers
+    patterns = [options.layers] if isinstance(options.layers, str) else options.layers
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
+    wanted = {
+        name: layer
+        for name, layer in found.items()
+        if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    if not wanted:
+        raise CoverageError(f"{type(model).__name__} has no layer that can be covered: see kc.coverage(model)")
+    return wanted
+
+
+class _Pass:
+    """One pass over data: what is the same for every batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        likelihood: Likelihood,
+        kind: Kind,
+        samples: int,
+        options: Options,
+    ) -> None:
+        self.model, self.layers, self.likelihood = model, layers, likelihood
+        self.kind, self.samples = kind, samples
+        self.data = options.data or Data()
+        self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
+        self.injected = None if options.draws is None else iter(options.draws)
+        self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
+        self.capture = Capture(
+            model, layers, due=lambda: True, owner=None, positions=self.data.pick_positions, heard=self._called
+        )
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.call = (args, kwargs, output)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks on, whoever else listens paused; buffers and the random state as before afterwards."""
+        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with ExitStack() as stack:
+            for owner in hook_owners(self.model):
+                stack.enter_context(owner.paused())
+            for kind in {device.type for device in devices} or {"cuda"}:
+                same = [device for device in devices if device.type == kind]
+                stack.enter_context(torch.random.fork_rng(devices=same, device_type=kind))
+            self.capture.install()
+            try:
+                yield
+            finally:
+                self.capture.remove()
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+
+    def statistics(self, number: int, batch: Any) -> Statistics:
+        """The statistics of one batch, seen to be finite."""
+        with torch.enable_grad():
+            output, targets = call_model(self.model, batch)
+        args, kwargs, _ = self.call
+        outputs = self.data.pick_outputs(args, kwargs, output)
+        bound = bound_to_batch(
+            self.likelihood, self.data, outputs, args=args, kwargs=kwargs, output=output, targets=targets
+        )
+        if bound.needs_targets:
+            raise LikelihoodError(f"{bound!r} needs data labels, and the batch has none: yield (inputs, labels)")
+        scores, invalid = self._scores(bound, outputs, batch)
+        found = gathered(self.capture, outputs, bound, scores, invalid=invalid)
+        self.capture.forget()
+        if found is None:
+            raise CaptureError(
+                "the model's outputs do not depend on any layer that was captured: were they computed under no_grad, or "
+                "in a compiled model? Pass the plain module."
+            )
+        self._check_usable(number, found, invalid)
+        return found
+
+    def _scores(self, bound: Likelihood, outputs: Tensor, batch: Any) -> tuple[Iterator[tuple[Tensor, float]], Tensor]:
+        invalid = bound.invalid_targets(outputs)
+        if self.kind == "exact":
+            size = leading_dimension(batch)
+            if size is not None and size != bound.examples(outputs):
+                raise LikelihoodError(
+                    f"kind='exact' needs one example per index of dimension 0: the batch has {size}, the outputs have "
+                    f"{bound.examples(outputs)}. Give outputs (N, T, C) with kc.Data(outputs=...)."
+                )
+            return exact_scores(bound, outputs), invalid
+        if self.injected is None:
+            generators = self.draws.generators(step=0, count=self.samples, device=outputs.device)
+            return sampled_scores(bound, outputs, generators=generators), invalid
+        drawn = next(self.injected, None)
+        if drawn is None:
+            raise ArgumentError("Options(draws=...) has fewer entries than the data have batches")
+        for labels in drawn:
+            invalid = invalid | bound.invalid_labels(outputs, labels)
+        return sampled_scores(bound, outputs, draws=drawn), invalid
+
+    def _check_usable(self, number: int, statistics: Statistics, invalid: Tensor) -> None:
+        if statistics.finite.is_meta or bool(statistics.finite):
+            return
+        if bool(invalid):
+            raise LikelihoodError(f"batch {number}: labels out of the range of {self.likelihood!r}")
+        bad = [name for name, flag in statistics.nonfinite.items() if bool(flag)]
+        raise NumericalError(
+            f"batch {number}: statistics that are not finite in {len(bad)} of {len(self.layers)} layers, first in "
+            f"'{bad[0]}': look for NaN or infinite inputs or weights."
+        )
+
+    def fisher(self, total: Statistics) -> Fisher:
+        """The sums divided."""
+        missing = [name for name in self.layers if name not in total.layers]
+        if missing:
+            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
+        if not total.divisor.is_meta and not bool(total.divisor > 0):
+            raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
+        blocks = {}
+        for name, layer in self.layers.items():
+            sums = total.layers.get(name)
+            if sums is not None and sums.G is not None:
+                A, G = sums.A / sums.A_count, sums.G / total.divisor.to(sums.G.device)
+                blocks[name] = KroneckerBlock(layer.layout, A, G, name=name)
+        counts = {"examples": total.examples, "terms": total.divisor}
+        meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": "kfac", "samples": self.samples}
+        return Fisher(blocks, meta={**meta, "counts": counts})

@@ -1,0 +1,72 @@
+"""From gradients and inverses to preconditioned gradients: all computed before the first is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+from .layers.survey import Layer
+from .structures import Block
+from .trust_region import LayerUpdate, TrustRegion
+
+
+def gradients_of(layer: Layer) -> dict[str, Tensor]:
+    """The layer's gradients by parameter name; empty where there are none.
+
+    Raises:
+        ArgumentError: a sparse or sharded gradient.
+    """
+    found = {name: p.grad for name, p in layer.parameters.items() if p.grad is not None}
+    for name, gradient in found.items():
+        if gradient.layout is not torch.strided or hasattr(gradient, "full_tensor"):
+            raise ArgumentError(
+                f"the gradient of '{name}' is {type(gradient).__name__} with layout {gradient.layout}: expected a dense "
+                f"tensor. Exclude the layer with rules={{'{layer.name}': dict(exclude=True)}}."
+            )
+    return found
+
+
+def layer_update(
+    layer: Layer, gradients: Mapping[str, Tensor], inverse: Block, rates: Mapping[int, float | Tensor]
+) -> LayerUpdate:
+    """One layer's preconditioned gradient; a parameter without a gradient counts as zero.
+
+    Args:
+        layer: the layer.
+        gradients: its gradients by parameter name, at least one.
+        inverse: the damped inverse of its block.
+        rates: learning rates by the parameter's identity.
+    """
+    parameters = layer.parameters
+    whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()}
+    matrix = layer.layout.to_matrix({name: gradient.to(inverse.dtype) for name, gradient in whole.items()})
+    rate = next((rates[id(p)] for p in parameters.values() if id(p) in rates), 1.0)
+    return LayerUpdate(matrix, inverse.matvec(matrix), rate)
+
+
+def trust_region_scale(
+    trust_region: TrustRegion, updates: Mapping[str, LayerUpdate], grad_scale: Tensor | None
+) -> Tensor:
+    """The factor that the trust region gives for gradients with the gradient scaler's factor taken out."""
+    seen = list(updates.values())
+    if grad_scale is not None:
+        inverse = grad_scale.reciprocal()
+        seen = [LayerUpdate(u.gradient * inverse, u.update * inverse, u.rate) for u in seen]
+    return trust_region.scale(seen)
+
+
+def write(
+    layers: Mapping[str, Layer],
+    gradients: Mapping[str, dict[str, Tensor]],
+    updates: Mapping[str, LayerUpdate],
+    scale: Tensor | None,
+) -> None:
+    """Write the updates, times ``scale``, into the gradients they were computed from."""
+    for name, update in updates.items():
+        matrix = update.update if scale is None else update.update * scale.to(update.update)
+        new = layers[name].layout.from_matrix(matrix)
+        for key, gradient in gradients[name].items():
+            gradient.copy_(new[key])

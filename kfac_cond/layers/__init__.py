@@ -1,0 +1,21 @@
+"""Layer kinds, one file each: every layer brought to [batch, positions, features] before any mathematics."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import LayerKind
+from .convolution import ConvolutionKind
+from .layout import WeightLayout
+from .linear import LinearKind, TransposedLinearKind
+
+#: The kinds with a Kronecker form, in the order in which they are asked.
+KINDS: tuple[LayerKind, ...] = (LinearKind(), TransposedLinearKind(), ConvolutionKind())
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of ``module``, or None where it has no (a, g) form."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+__all__ = ["KINDS", "ConvolutionKind", "LayerKind", "LinearKind", "TransposedLinearKind", "WeightLayout", "kind_of"]

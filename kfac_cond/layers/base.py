@@ -1,0 +1,43 @@
+"""What a layer kind is: how a module's inputs and output gradients become [batch, positions, features]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from .layout import WeightLayout
+
+
+class LayerKind(ABC):
+    """One kind of layer with an (a, g) form: y[n, s] = W a[n, s] + b at every position s of example n.
+
+    A new kind is a subclass in a file of its own and a line in ``KINDS`` of ``layers/__init__.py``. Nothing else in
+    the library asks what a layer is.
+
+    Attributes:
+        name: the kind's name in tables.
+        modules: module types of this kind. A subclass of one that overrides ``forward`` is not of this kind, since
+            what its weight means is no longer known.
+    """
+
+    name: ClassVar[str]
+    modules: ClassVar[tuple[type[nn.Module], ...]]
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether ``module`` computes just what this kind's own module computes."""
+        return any(isinstance(module, base) and type(module).forward is base.forward for base in self.modules)
+
+    def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
+        """The layer's matrix; ``weight`` and ``bias`` are canonical names, None where absent or frozen."""
+        shape = tuple(cast(Tensor, module.weight).shape)
+        return WeightLayout(weight, bias, shape, groups=getattr(module, "groups", 1))
+
+    @abstractmethod
+    def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The module's input as [batch, positions, d_in], or [groups, batch, positions, d_in]; no bias feature."""
+
+    @abstractmethod
+    def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        """A gradient of the module's output as [batch, positions, d_out], or [groups, batch, positions, d_out]."""

@@ -1,0 +1,106 @@
+"""How a layer's parameters sit in the matrix its Kronecker block acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """The (d_out x d_in [+ 1]) matrix of a layer, as names and shapes alone: no module, no tensor.
+
+    The weight is flattened to (d_out, d_in), row by row; a trainable bias is the last column. A layer with ``groups``
+    is one such matrix per group, stacked first: (groups, d_out / groups, d_in [+ 1]). Row-major ``vec`` of either
+    has the same order of entries as the concatenated rows.
+
+    Args:
+        weight: canonical name of the weight, or None where it is frozen.
+        bias: canonical name of the bias, or None where there is none or it is frozen.
+        weight_shape: shape of the weight, frozen or not; its first dimension is d_out.
+        groups: number of independent blocks of rows.
+        transposed: the weight is stored as (d_in, d_out); without groups.
+    """
+
+    weight: str | None
+    bias: str | None
+    weight_shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the trainable parameters, weight first."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each trainable parameter."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.weight is not None:
+            shapes[self.weight] = self.weight_shape
+        if self.bias is not None:
+            shapes[self.bias] = (self._rows,)
+        return shapes
+
+    @property
+    def _rows(self) -> int:
+        """Rows of all groups together."""
+        return self.weight_shape[-1 if self.transposed else 0]
+
+    @property
+    def d_out(self) -> int:
+        """Rows of one group's matrix."""
+        return self._rows // self.groups
+
+    @property
+    def d_in(self) -> int:
+        """Columns of the matrix, the bias column included."""
+        columns = prod(self.weight_shape) // self._rows if self.weight is not None else 0
+        return columns + (self.bias is not None)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(d_out, d_in), or (groups, d_out, d_in) where there are groups."""
+        shape = (self.d_out, self.d_in)
+        return shape if self.groups == 1 else (self.groups, *shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable parameters."""
+        return prod(self.matrix_shape)
+
+    def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensors of ``names`` (gradients, directions, values) as one matrix of ``matrix_shape``."""
+        for name, shape in self.shapes.items():
+            if name not in tensors:
+                raise ArgumentError(f"'{name}' is missing: expected a tensor of shape {shape} for it")
+            if tuple(tensors[name].shape) != shape:
+                raise ArgumentError(f"'{name}' has shape {tuple(tensors[name].shape)}, expected {shape}")
+        columns = []
+        if self.weight is not None:
+            weight = tensors[self.weight].mT if self.transposed else tensors[self.weight]
+            columns.append(weight.reshape(*self.matrix_shape[:-1], -1))
+        if self.bias is not None:
+            columns.append(tensors[self.bias].reshape(*self.matrix_shape[:-1], 1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+    def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``to_matrix``: a tensor for each of ``names``."""
+        if tuple(matrix.shape) != self.matrix_shape:
+            raise ArgumentError(
+                f"{' and '.join(self.names)}: got a matrix of shape {tuple(matrix.shape)}, expected {self.matrix_shape}"
+            )
+        tensors: dict[str, Tensor] = {}
+        if self.weight is not None:
+            columns = matrix[..., :-1] if self.bias is not None else matrix
+            tensors[self.weight] = columns.mT if self.transposed else columns.reshape(self.weight_shape)
+        if self.bias is not None:
+            tensors[self.bias] = matrix[..., -1].reshape(self._rows)
+        return tensors

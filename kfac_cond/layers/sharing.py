@@ -1,0 +1,84 @@
+"""How positions enter the factors: ``expand`` counts each one, ``reduce`` first averages them within an example.
+
+Source: Eschenhagen et al. 2023 (arXiv:2311.00636), equations 11-13 (expand) and 17-19 (reduce), in the scale of the
+user's loss: A is always a plain mean, everything else is in G.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..linalg.moments import second_moment
+
+
+def kept(positions: Tensor | None, batch: int, count: int) -> Tensor | None:
+    """A mask of real positions as [batch, positions, 1] for a layer of that form, or None where it does not apply.
+
+    A mask (B, T) applies to a layer on (B, T, features), to one on the flattened (B * T, features), and to one on
+    (T, B, features) where B and T differ. A layer on other positions (pooled, pixels) is left alone.
+    """
+    if positions is None:
+        return None
+    examples, length = positions.shape
+    if (batch, count) == (examples, length):
+        return rearrange(positions, "n s -> n s 1")
+    if (batch, count) == (length, examples):
+        return rearrange(positions, "n s -> s n 1")
+    if count == 1 and length > 1 and batch == examples * length:
+        return rearrange(positions, "n s -> (n s) 1 1")
+    return None
+
+
+def expanded_input_moment(a: Tensor, keep: Tensor | None, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """The sum over valid positions of a a^T, with the feature 1 last where there is a bias, and their number.
+
+    Args:
+        a: [..., batch, positions, d_in].
+        keep: [batch, positions, 1] bool, or None where all positions are real.
+    """
+    if keep is None:
+        rows = rearrange(a, "... n s d -> ... (n s) d")
+        return second_moment(rows, ones=bias), _count(a, rows.shape[-2])
+    moment = second_moment(rearrange(a * keep, "... n s d -> ... (n s) d"), ones=bias)
+    count = keep.sum()
+    if bias:
+        moment[..., -1, -1] = count.to(moment.dtype)
+    return moment, count
+
+
+def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of a over the valid positions of each example, [..., batch, d_in], and their number, [batch, 1]."""
+    if keep is None:
+        return a.sum(dim=-2), torch.full((a.shape[-3], 1), float(a.shape[-2]), dtype=a.dtype, device=a.device)
+    return (a * keep).sum(dim=-2), keep.sum(dim=-2).to(a.dtype)
+
+
+def reduced_input_moment(sums: Tensor, counts: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """The sum over examples of the outer product of the mean activation, and the number of examples that have one.
+
+    Args:
+        sums: [..., batch, d_in], activations summed over positions, and over the uses of the layer.
+        counts: [batch, 1], the number of terms of each sum.
+    """
+    moment = second_moment(sums / counts.clamp(min=1), ones=bias)
+    present = (counts > 0).sum()
+    if bias:
+        # An example without any valid position has no constant feature either.
+        moment[..., -1, -1] = present.to(moment.dtype)
+    return moment, present
+
+
+def masked(g: Tensor, keep: Tensor | None) -> Tensor:
+    """Output gradients with those at padded positions set to zero."""
+    return g if keep is None else g * keep
+
+
+def expanded_gradient_moment(g: Tensor) -> Tensor:
+    """The sum over examples and positions of g g^T; g is [..., batch, positions, d_out]."""
+    return second_moment(rearrange(g, "... n s d -> ... (n s) d"))
+
+
+def _count(like: Tensor, number: int) -> Tensor:
+    return torch.full((), number, dtype=torch.int64, device=like.device)

@@ -1,0 +1,255 @@
+"""What a model is made of: the layers with an (a, g) form, and every other trainable parameter with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ModelChangedError
+from . import kind_of
+from .base import LayerKind
+from .layout import WeightLayout
+from .naming import join, named_modules
+
+Sharing = Literal["expand", "reduce"]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What may be said of the layers that a pattern names; None leaves the default.
+
+    Args:
+        structure: storage of the block.
+        sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
+        damping: this layer's damping in place of the preconditioner's.
+        exclude: leave the layer's gradient as it is.
+    """
+
+    structure: str | None = None
+    sharing: Sharing | None = None
+    damping: float | None = None
+    exclude: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with an (a, g) form: a name, where it is, and how its parameters form a matrix.
+
+    Args:
+        name: canonical name of the first module that holds the weight.
+        kind: how inputs and output gradients become [batch, positions, features].
+        modules: the modules that apply the weight; their uses count as positions of one layer.
+        layout: the layer's matrix.
+        rule: the settings that hold for it.
+    """
+
+    name: str
+    kind: LayerKind
+    modules: tuple[nn.Module, ...]
+    layout: WeightLayout
+    rule: LayerRule = LayerRule()
+
+    @property
+    def sharing(self) -> Sharing:
+        """How positions enter the factors."""
+        return self.rule.sharing or "expand"
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by canonical name, weight first."""
+        found = {self.layout.weight: self.weight, self.layout.bias: self.bias}
+        return {
+            name: parameter for name, parameter in found.items() if name is not None and parameter is not None
+        }
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight, frozen or not."""
+        return cast(nn.Parameter, self.modules[0].weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, frozen or not, or None."""
+        return cast("nn.Parameter | None", self.modules[0].bias)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelChangedError where the layer's shape or what is frozen differs from when it was wrapped."""
+        weight, bias = self.weight, self.bias
+        now = (tuple(weight.shape), weight.requires_grad, bias is not None and bias.requires_grad)
+        then = (self.layout.weight_shape, self.layout.weight is not None, self.layout.bias is not None)
+        if now != then:
+            raise ModelChangedError(
+                f"layer '{self.name}' is no longer what was wrapped: found (shape, weight trainable, bias trainable) = "
+                f"{now}, expected {then}. Call kfac.refresh() after changing or freezing layers; it keeps what still fits."
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable parameter of a coverage table."""
+
+    path: str
+    kind: str
+    parameters: int
+    covered: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The layers found, by name, and a row for every trainable parameter."""
+
+    layers: dict[str, Layer]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One place a parameter is held at."""
+
+    owner: str
+    module: nn.Module
+    attribute: str
+
+
+_NO_FORM = "no Kronecker form for this module type"
+_PLAIN = "its gradient is left as it is"
+
+
+def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None) -> Survey:
+    """Find the layers of ``model`` and say of every trainable parameter whether a layer covers it.
+
+    Args:
+        model: any module, wrapped (DDP, compiled, checkpointed) or not.
+        rules: settings by pattern (``fnmatch`` on module names); the later of two matching patterns wins, key by key.
+
+    Raises:
+        ArgumentError: a pattern that matches nothing, or an unknown setting.
+    """
+    modules = list(named_modules(model))
+    uses = _uses(modules)
+    settings = _settings(rules or {}, [use.owner for of_one in uses.values() for use in of_one[1]])
+    layers: dict[str, Layer] = {}
+    refused: dict[int, tuple[str, str]] = {}
+    taken: set[int] = set()
+    for name, module in modules:
+        kind = kind_of(module)
+        if kind is None or id(module) in taken:
+            continue
+        taken.add(id(module))
+        found = _layer(name, module, kind, uses, settings)
+        if isinstance(found, Layer):
+            layers[found.name] = found
+            taken.update(id(sharer) for sharer in found.modules)
+        else:
+            refused.update({id(p): found for p in module._parameters.values() if p is not None})
+    covered = {id(p): layer for layer in layers.values() for p in layer.parameters.values()}
+    rows = tuple(
+        _row(parameter, places, covered.get(key), refused.get(key))
+        for key, (parameter, places) in uses.items()
+        if parameter.requires_grad
+    )
+    return Survey(layers, rows)
+
+
+def _uses(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
+    """Every parameter with all the places that hold it; two paths to one module count once."""
+    uses: dict[int, tuple[nn.Parameter, list[_Use]]] = {}
+    seen: set[int] = set()
+    for owner, module in modules:
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                uses.setdefault(id(parameter), (parameter, []))[1].append(_Use(owner, module, attribute))
+    return uses
+
+
+def _settings(rules: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, LayerRule]:
+    known = {field.name for field in fields(LayerRule)}
+    settings = {name: LayerRule() for name in names}
+    for pattern, rule in rules.items():
+        matched = [name for name in settings if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ArgumentError(
+                f"rules: the pattern '{pattern}' matches no module with parameters. The modules are: "
+                f"{', '.join(sorted(settings)[:20])}{' ...' if len(settings) > 20 else ''}"
+            )
+        unknown = sorted(set(rule) - known)
+        if unknown:
+            raise ArgumentError(f"rules['{pattern}']: unknown setting {unknown}; known are {sorted(known)}")
+        if rule.get("sharing") not in (None, "expand", "reduce"):
+            raise ArgumentError(f"rules['{pattern}']: sharing={rule['sharing']!r}, expected 'expand' or 'reduce'")
+        damping = rule.get("damping")
+        if damping is not None and not (isinstance(damping, float | int) and damping >= 0):
+            raise ArgumentError(f"rules['{pattern}']: damping={damping!r}, expected a number that is not negative")
+        settings.update({name: replace(settings[name], **rule) for name in matched})
+    return settings
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    kind: LayerKind,
+    uses: dict[int, tuple[nn.Parameter, list[_Use]]],
+    settings: dict[str, LayerRule],
+) -> Layer | tuple[str, str]:
+    """The layer at ``module``, or (reason, remedy) where it cannot be one."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None:
+        return "its weight is computed from other parameters (a parametrization)", _PLAIN
+    if settings[name].exclude:
+        return "excluded by a rule", "remove the rule to cover it"
+    if refusal := _refusal(weight):
+        return refusal
+    sharers = uses[id(weight)][1]
+    for use in sharers:
+        if (
+            use.attribute != "weight"
+            or kind_of(use.module) is not kind
+            or use.module._parameters.get("bias") is not bias
+        ):
+            return f"its weight is also '{join(use.owner, use.attribute)}', which plays another role", _PLAIN
+    if bias is not None and len(uses[id(bias)][1]) != len(sharers):
+        other = next(use for use in uses[id(bias)][1] if use.module is not module)
+        return f"its bias is also '{join(other.owner, other.attribute)}', of a layer with another weight", _PLAIN
+    trains_weight = weight.requires_grad
+    trains_bias = bias is not None and bias.requires_grad
+    if not (trains_weight or trains_bias):
+        return "frozen", ""
+    layout = kind.layout(
+        module,
+        weight=join(name, "weight") if trains_weight else None,
+        bias=join(name, "bias") if trains_bias else None,
+    )
+    return Layer(name, kind, tuple(use.module for use in sharers), layout, settings[name])
+
+
+def _refusal(weight: Tensor) -> tuple[str, str] | None:
+    """Why a weight of this storage cannot be covered, with the remedy."""
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "a lazy module that is not initialised yet", "run one forward before wrapping the model"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}", "use a dense weight"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}", "use a real floating-point weight"
+    if hasattr(weight, "full_tensor"):
+        return "its weight is a sharded DTensor", "wrap the model before sharding it, or train it with DDP"
+    return None
+
+
+def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer | None, refused: tuple[str, str] | None) -> Row:
+    first = places[0]
+    path = join(first.owner, first.attribute)
+    size = 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
+    if layer is not None:
+        return Row(path, layer.kind.name, size, True)
+    reason, remedy = refused or (_NO_FORM, _PLAIN)
+    return Row(path, type(first.module).__name__, size, False, reason, remedy)

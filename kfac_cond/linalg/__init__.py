@@ -1,0 +1,1 @@
+"""Pure tensor functions: second moments, damping, damped inverses, eigenbases and Kronecker products."""

@@ -1,0 +1,125 @@
+"""Eigenbases of symmetric positive semi-definite matrices, batched over equal sizes, with a ladder for what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
+from .moments import symmetrise, trace
+
+__all__ = ["Eigenbasis", "Rung", "eigenbases", "from_eigenbasis"]
+
+Eigenbasis = tuple[Tensor, Tensor]
+"""(eigenvalues [..., d], ascending and not negative; basis [..., d, d], the eigenvectors in its columns)."""
+
+JITTER = 10.0
+"""What the rung with more on the diagonal adds, in multiples of eps tr / d: little beside eigh's own round-off."""
+
+
+def eigenbases(
+    matrices: Sequence[Tensor], previous: Sequence[Eigenbasis | None] | None = None
+) -> tuple[list[Eigenbasis], list[Rung]]:
+    """Eigenvalues and eigenvectors of each matrix, and how far up the ladder each had to go.
+
+    Synchronises with the device: eigh reports a failure by raising, which takes its status to the host once for each
+    size, dtype and device. Call it at a refresh, not in between. Eigenvalues are clamped at 0 from below: a Gram matrix
+    has no negative ones, its round-off has. A matrix that fails is tried again in float64 (not on devices without it,
+    nor where it is float64 already), then with a jitter on the diagonal; then its previous eigenbasis stands in, then
+    that of the identity.
+
+    Args:
+        matrices: symmetric, [..., d, d] each, any d, float32 or float64.
+        previous: for each matrix its last eigenbasis, or None.
+
+    Returns:
+        (bases, rungs): an eigenbasis of the dtype and device of the matrix, and a ``Rung``, for each.
+
+    Raises:
+        ValueError: where the two sequences differ in length.
+    """
+    stand_ins = [None] * len(matrices) if previous is None else previous
+    if len(stand_ins) != len(matrices):
+        raise ValueError(f"{len(matrices)} matrices and {len(stand_ins)} previous eigenbases")
+    bases: dict[int, Eigenbasis] = {}
+    rungs: dict[int, Rung] = {}
+    for rung in (Rung.FIRST, Rung.DOUBLE, Rung.MORE_DAMPING):
+        pending = {index: _prepared(m, rung) for index, m in enumerate(matrices) if index not in rungs}
+        found = _decompose({index: m for index, m in pending.items() if m is not None})
+        bases.update(found)
+        rungs.update(dict.fromkeys(found, rung))
+    for index, matrix in enumerate(matrices):
+        if index not in rungs:
+            bases[index], rungs[index] = _stand_in(matrix, stand_ins[index])
+    ordered = [(bases[i][0].to(m.dtype), bases[i][1].to(m.dtype)) for i, m in enumerate(matrices)]
+    return ordered, [rungs[i] for i in range(len(matrices))]
+
+
+def from_eigenbasis(eigenvalues: Tensor, basis: Tensor) -> Tensor:
+    """The symmetric matrix U diag(values) U^T.
+
+    Args:
+        eigenvalues: [..., d], or any function of them.
+        basis: [..., d, d], orthonormal columns.
+
+    Returns:
+        [..., d, d], exactly symmetric.
+    """
+    return symmetrise((basis * eigenvalues.unsqueeze(-2)) @ basis.mT)
+
+
+def _prepared(matrix: Tensor, rung: Rung) -> Tensor | None:
+    """What a rung hands to eigh, or None where the rung has nothing new to offer."""
+    if rung is Rung.DOUBLE:
+        return matrix.double() if matrix.dtype != torch.float64 and has_float64(matrix.device) else None
+    if rung is Rung.MORE_DAMPING:
+        jitter = trace(matrix).abs() * (JITTER * torch.finfo(matrix.dtype).eps / matrix.shape[-1])
+        return matrix + torch.diag_embed(jitter.unsqueeze(-1).expand(matrix.shape[:-1]))
+    return matrix
+
+
+def _decompose(matrices: Mapping[int, Tensor]) -> dict[int, Eigenbasis]:
+    """The eigenbases of those that eigh decomposed, after one read of whether they are finite."""
+    keys, values = list(matrices), list(matrices.values())
+    found: dict[int, Eigenbasis] = {}
+    for group in size_groups(values, range(len(values))):
+        found.update(_decompose_group({keys[i]: values[i] for i in group}))
+    flags = [
+        torch.isfinite(torch.linalg.vector_norm(basis) + eigenvalues.sum()) for eigenvalues, basis in found.values()
+    ]
+    status = read_status([flag.reshape(1) for flag in flags])
+    return {index: basis for (index, basis), ok in zip(found.items(), status, strict=True) if ok}
+
+
+def _decompose_group(group: Mapping[int, Tensor]) -> dict[int, Eigenbasis]:
+    """The eigenbases of matrices of one size; where the batch fails, of those that succeed alone."""
+    try:
+        eigenvalues, basis = torch.linalg.eigh(stack_flat(list(group.values())))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(group) == 1:
+            return {}
+        alone: dict[int, Eigenbasis] = {}
+        for index, matrix in group.items():
+            alone.update(_decompose_group({index: matrix}))
+        return alone
+    counts = [matrix.shape[:-2].numel() for matrix in group.values()]
+    parts = zip(group.items(), torch.split(eigenvalues.clamp_(min=0), counts), torch.split(basis, counts), strict=True)
+    # A tensor of its own for each: a view would keep the whole batch alive.
+    return {
+        index: (
+            values.reshape(matrix.shape[:-1]).clone(),
+            vectors.reshape(matrix.shape).clone(memory_format=torch.contiguous_format),
+        )
+        for (index, matrix), values, vectors in parts
+    }
+
+
+def _stand_in(matrix: Tensor, previous: Eigenbasis | None) -> tuple[Eigenbasis, Rung]:
+    """The previous eigenbasis, or the identity's."""
+    if previous is not None:
+        return previous, Rung.PREVIOUS
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    basis = identity.expand(matrix.shape).contiguous()
+    return (torch.ones_like(basis[..., 0]), basis), Rung.IDENTITY

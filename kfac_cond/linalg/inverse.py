@@ -1,0 +1,126 @@
+"""Damped inverses by Cholesky, batched over equal sizes, with a ladder for those that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
+from .moments import symmetrise, trace
+
+__all__ = ["Rung", "damped_inverses"]
+
+MORE_DAMPING = (10.0, 100.0)
+"""Multiples of max(damping, eps tr / d) that the second rung tries."""
+
+
+def damped_inverses(
+    matrices: Sequence[Tensor], dampings: Sequence[Tensor], previous: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Rung]]:
+    """(M + damping I)^-1 of each matrix, and how far up the ladder each had to go.
+
+    Matrices of one size, dtype and device go through one factorisation. The host reads one status for the whole call,
+    and one more for each rung that is climbed at all. A matrix that fails is tried again with 10 and 100 times
+    max(damping, eps tr / d), then in float64 with its own damping (not on devices without float64, nor where it is
+    float64 already); then its previous inverse stands in, then the identity. One with leading dimensions climbs as a
+    whole.
+
+    Args:
+        matrices: symmetric, [..., d, d] each, any d, float32 or float64.
+        dampings: for each matrix what is added to its diagonal; a tensor that broadcasts to its leading dimensions.
+        previous: for each matrix its last inverse, or None.
+
+    Returns:
+        (inverses, rungs): exactly symmetric, of the shape, dtype and device of the matrices; ``Rung`` per matrix.
+
+    Raises:
+        ValueError: where the three sequences differ in length.
+    """
+    if not len(matrices) == len(dampings) == len(previous):
+        raise ValueError(f"{len(matrices)} matrices, {len(dampings)} dampings and {len(previous)} previous inverses")
+    inverses: dict[int, Tensor] = {}
+    rungs: dict[int, Rung] = {}
+
+    def climb(rung: Rung, indices: Sequence[int], dampings: Sequence[Tensor], *, double: bool = False) -> None:
+        """Try the indices together; keep what succeeded."""
+        for index, inverse in _try(matrices, dampings, indices, double=double).items():
+            inverses[index], rungs[index] = inverse, rung
+
+    climb(Rung.FIRST, range(len(matrices)), dampings)
+    for factor in MORE_DAMPING:
+        failed = [index for index in range(len(matrices)) if index not in rungs]
+        # The others' dampings are never read: only those that failed are computed.
+        more = [_raised(matrices[i], damping, factor) if i in failed else damping for i, damping in enumerate(dampings)]
+        climb(Rung.MORE_DAMPING, failed, more)
+    failed = [index for index in range(len(matrices)) if index not in rungs]
+    climb(Rung.DOUBLE, [index for index in failed if _widens(matrices[index])], dampings, double=True)
+    for index in failed:
+        if index not in rungs:
+            inverses[index], rungs[index] = _stand_in(matrices[index], previous[index])
+    return [inverses[i] for i in range(len(matrices))], [rungs[i] for i in range(len(matrices))]
+
+
+def _try(
+    matrices: Sequence[Tensor], dampings: Sequence[Tensor], indices: Sequence[int], *, double: bool
+) -> dict[int, Tensor]:
+    """The inverses of those indices that factorised, after one read of all their statuses."""
+    results: dict[int, Tensor] = {}
+    flags: list[Tensor] = []
+    for group in size_groups(matrices, indices):
+        batch, succeeded = _cholesky_inverses(
+            [matrices[i] for i in group], [dampings[i] for i in group], dtype=torch.float64 if double else None
+        )
+        results.update(zip(group, batch, strict=True))
+        flags.append(succeeded)
+    # Results are in the order of their groups, as the flags are.
+    status = read_status(flags)
+    return {index: inverse for (index, inverse), ok in zip(results.items(), status, strict=True) if ok}
+
+
+def _cholesky_inverses(
+    matrices: Sequence[Tensor], dampings: Sequence[Tensor], *, dtype: torch.dtype | None
+) -> tuple[list[Tensor], Tensor]:
+    """Inverses of matrices of one size, and a flag for each: factorised, and finite.
+
+    Beside the inverses themselves the peak is one copy of the batch.
+    """
+    counts = [matrix.shape[:-2].numel() for matrix in matrices]
+    batch = stack_flat(matrices).to(dtype)
+    added = [damping.expand(matrix.shape[:-2]).reshape(-1) for matrix, damping in zip(matrices, dampings, strict=True)]
+    batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
+    factor, info = torch.linalg.cholesky_ex(batch)
+    # A zero pivot would make the inversion raise for the whole batch; what failed is discarded below.
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1.0)
+    # The batch's memory takes the inverses; transposed, since LAPACK's order of entries spares a temporary.
+    torch.cholesky_inverse(factor, out=batch.mT)
+    del factor
+    # A tensor of its own for each: a view would keep the whole batch alive.
+    inverses = [
+        symmetrise(part).reshape(matrix.shape).to(matrix.dtype)
+        for matrix, part in zip(matrices, torch.split(batch, counts), strict=True)
+    ]
+    # The largest entry is finite exactly where all are, and needs no mask as large as the inverse.
+    finite = [torch.isfinite(torch.linalg.vector_norm(inverse, ord=torch.inf)) for inverse in inverses]
+    positive = [(part == 0).all() for part in torch.split(info, counts)]
+    return inverses, torch.stack(finite) & torch.stack(positive)
+
+
+def _raised(matrix: Tensor, damping: Tensor, factor: float) -> Tensor:
+    """``factor`` times the damping, or times the matrix's own round-off where that is more."""
+    round_off = trace(matrix) * (torch.finfo(matrix.dtype).eps / matrix.shape[-1])
+    return torch.maximum(damping.to(round_off), round_off) * factor
+
+
+def _widens(matrix: Tensor) -> bool:
+    """Whether float64 is wider than what the matrix has, and there."""
+    return matrix.dtype != torch.float64 and has_float64(matrix.device)
+
+
+def _stand_in(matrix: Tensor, previous: Tensor | None) -> tuple[Tensor, Rung]:
+    """The previous inverse, or the identity."""
+    if previous is not None:
+        return previous, Rung.PREVIOUS
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return identity.expand(matrix.shape).contiguous(), Rung.IDENTITY

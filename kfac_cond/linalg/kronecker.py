@@ -1,0 +1,58 @@
+"""Products with a Kronecker matrix that is never formed, and the dense matrix for small sizes and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+def kronecker_matmul(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
+    """(left (x) right^T) vec(v) as a matrix: left v right, for row-major vec.
+
+    With left = G and right = A, symmetric, it is the product of the block G (x) A with v.
+
+    Args:
+        left: [..., o, o].
+        v: [..., o, i].
+        right: [..., i, i].
+
+    Returns:
+        [..., o, i].
+    """
+    # Either order costs o i (o + i) multiplications for square sides, so none is cheaper; left first.
+    return left @ v @ right
+
+
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The dense matrix with the given ones along its diagonal and zeros elsewhere.
+
+    Args:
+        blocks: [p, p] each, any p, of one dtype and device.
+
+    Returns:
+        [P, P], P the sum of the sides.
+    """
+    size = sum(block.shape[-1] for block in blocks)
+    dense = blocks[0].new_zeros(size, size)
+    start = 0
+    for block in blocks:
+        end = start + block.shape[-1]
+        dense[start:end, start:end] = block
+        start = end
+    return dense
+
+
+def kron(left: Tensor, right: Tensor) -> Tensor:
+    """The dense Kronecker product of each pair of matrices.
+
+    Args:
+        left: [..., o, p].
+        right: [..., i, j].
+
+    Returns:
+        [..., o i, p j].
+    """
+    product = einsum(left, right, "... o p, ... i j -> ... o i p j")
+    return rearrange(product, "... o i p j -> ... (o i) (p j)")

@@ -1,0 +1,62 @@
+"""What both factorisations share: the rungs of the failure ladder, batches of equal sizes, the one host read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Rung(IntEnum):
+    """How far a factorisation had to climb before it gave a usable result."""
+
+    FIRST = 0
+    """It succeeded as asked."""
+    MORE_DAMPING = 1
+    """It succeeded with more on the diagonal than was asked."""
+    DOUBLE = 2
+    """It succeeded as asked, in float64."""
+    PREVIOUS = 3
+    """It failed; the previous result stands in."""
+    IDENTITY = 4
+    """It failed and there was no previous result; the identity stands in."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type != "mps"
+
+
+def size_groups(matrices: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:
+    """The indices of matrices that can share one batched call: same size, dtype and device, in order of appearance."""
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index in indices:
+        matrix = matrices[index]
+        groups.setdefault((matrix.shape[-1], matrix.dtype, matrix.device), []).append(index)
+    return list(groups.values())
+
+
+def stack_flat(matrices: Sequence[Tensor]) -> Tensor:
+    """A copy of matrices of one size, all their leading dimensions in one: [..., d, d] each -> [k, d, d]."""
+    return torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
+
+
+def read_status(flags: Sequence[Tensor]) -> list[bool]:
+    """The flags on the host, in one transfer whatever their number.
+
+    This is the one place where a factorisation waits for the device. It is affordable because it happens once per
+    refresh of the inverses (once more for each rung that something has to climb), never once per step, and because
+    everything the refresh computes is queued before it.
+
+    Args:
+        flags: bool tensors of one dimension each. On the meta device there is nothing to read: all count as true.
+    """
+    if not flags:
+        return []
+    if any(flag.is_meta for flag in flags):
+        return [True] * sum(flag.numel() for flag in flags)
+    device = flags[0].device
+    status: list[bool] = torch.cat([flag.to(device) for flag in flags]).tolist()
+    return status

@@ -1,0 +1,55 @@
+"""Second moments: the sums of outer products that Kronecker factors are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symmetrise(matrix: Tensor) -> Tensor:
+    """The symmetric part (M + M^T) / 2, symmetric to the last bit, as a tensor of its own.
+
+    Args:
+        matrix: [..., d, d].
+    """
+    return (matrix + matrix.mT).mul_(0.5)
+
+
+def second_moment(x: Tensor, *, ones: bool = False) -> Tensor:
+    """The sum over n of x_n x_n^T, or of [x_n, 1] [x_n, 1]^T: a sum, not a mean.
+
+    Run it with autocast disabled: autocast would do the product in half precision whatever the dtype of ``x``.
+
+    Args:
+        x: [..., n, d], float32 or wider; n may be 0.
+        ones: append the constant feature 1, as a layer with a bias does to its input.
+
+    Returns:
+        [..., d, d], or [..., d + 1, d + 1] with ``ones``; exactly symmetric, dtype and device of ``x``.
+
+    Source: Martens & Grosse 2015 (arXiv:1503.05671), section 3 (homogeneous coordinates for the bias).
+    """
+    moment = symmetrise(x.mT @ x)
+    if not ones:
+        return moment
+    # Concatenating the column of ones to x would copy all n rows of it; the borders alone are d + 1 numbers.
+    n, d = x.shape[-2:]
+    column_sums = x.sum(dim=-2)
+    bordered = moment.new_empty((*moment.shape[:-2], d + 1, d + 1))
+    bordered[..., :d, :d].copy_(moment)
+    bordered[..., :d, d].copy_(column_sums)
+    bordered[..., d, :d].copy_(column_sums)
+    bordered[..., d, d].fill_(float(n))
+    return bordered
+
+
+def trace(matrix: Tensor) -> Tensor:
+    """The trace of each matrix.
+
+    Args:
+        matrix: [..., d, d].
+
+    Returns:
+        [...], a view's sum: no synchronisation.
+    """
+    return torch.sum(matrix.diagonal(dim1=-2, dim2=-1), dim=-1)

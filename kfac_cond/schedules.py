@@ -1,0 +1,132 @@
+"""When factors are captured, when inverses are refreshed, and how fast the average forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import ArgumentError
+
+#: A period in steps, a callable of the step that says whether it is due, or None for never.
+When = int | Callable[[int], bool] | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens at which optimizer step, counted from 0.
+
+    Args:
+        factors: capture every so many steps, the first step included; a callable of the step; or None for never.
+        inverses: refresh the inverses likewise.
+        decay: rho of the moving average per capture, in [0, 1); a number or a callable of the step.
+        warmup: during so many first steps the inverses are also refreshed at 1, 2, 4, 8 ... times the period of
+            ``factors``, since the first averages change fast. It needs a number for ``factors``.
+        patience: refreshes in a row that may fail (a layer's factorisation, or a whole interval without one finite
+            capture) before the run is stopped with a NumericalError.
+    """
+
+    factors: When = 10
+    inverses: When = 100
+    decay: float | Callable[[int], float] = 0.95
+    warmup: int = 0
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("factors", "inverses"):
+            value = getattr(self, name)
+            if value is not None and not callable(value) and not (_is_whole(value) and value >= 1):
+                raise ArgumentError(
+                    f"Schedule({name}={value!r}): expected a number of steps >= 1, a callable of the step, or None for "
+                    f"never"
+                )
+        if not callable(self.decay) and not 0 <= self.decay < 1:
+            raise ArgumentError(
+                f"Schedule(decay={self.decay!r}): expected a number in [0, 1), or a callable of the step"
+            )
+        for name, least in (("warmup", 0), ("patience", 1)):
+            value = getattr(self, name)
+            if not (_is_whole(value) and value >= least):
+                raise ArgumentError(f"Schedule({name}={value!r}): expected a whole number >= {least}")
+
+    def factors_due(self, step: int) -> bool:
+        """Whether a forward at ``step`` is captured."""
+        return _due(self.factors, step)
+
+    def inverses_due(self, step: int) -> bool:
+        """Whether the inverses are refreshed at ``step``."""
+        if _due(self.inverses, step):
+            return True
+        if step >= self.warmup or not isinstance(self.factors, int) or self.inverses is None:
+            return False
+        multiple, rest = divmod(step, self.factors)
+        return rest == 0 and multiple & (multiple - 1) == 0
+
+    def decay_at(self, step: int) -> float:
+        """rho at ``step``."""
+        decay = self.decay(step) if callable(self.decay) else self.decay
+        if not 0 <= decay < 1:
+            raise ArgumentError(f"Schedule.decay gave {decay!r} at step {step}: expected a number in [0, 1)")
+        return decay
+
+
+class Clock:
+    """Counts steps against a schedule, without asking the device at every one whether it skipped.
+
+    A fused optimizer under a gradient scaler decides on the device whether its step counts. Such steps are counted
+    here and taken back when the count is settled, which is done only where something may be due: the count is never
+    too low, so nothing due is missed.
+
+    Args:
+        schedule: what is due when.
+        step: the count to start from.
+    """
+
+    def __init__(self, schedule: Schedule, step: int = 0) -> None:
+        self.schedule = schedule
+        #: Whether what this step's forwards left has been taken in.
+        self.taken_in = False
+        self._step = step
+        self._skipped: Tensor | None = None
+        self._factors_due: bool | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of steps so far; waits for the device where it may have skipped some."""
+        if self._skipped is not None:
+            self._step -= int(self._skipped.item())
+            self._skipped = None
+        return self._step
+
+    @property
+    def at_most(self) -> int:
+        """The number of steps so far, if the device skipped none of the last; never waits."""
+        return self._step
+
+    def factors_due(self) -> bool:
+        """Whether forwards of this step are captured."""
+        if self._factors_due is None:
+            self._factors_due = self.schedule.factors_due(self._step) and self.schedule.factors_due(self.step)
+        return self._factors_due
+
+    def inverses_due(self) -> bool:
+        """Whether the inverses are refreshed at this step."""
+        return self.schedule.inverses_due(self._step) and self.schedule.inverses_due(self.step)
+
+    def advance(self, skipped: Tensor | None = None) -> None:
+        """Count one step; ``skipped``, a flag on the device, takes it back."""
+        if skipped is not None:
+            self._skipped = skipped.long() if self._skipped is None else self._skipped + skipped
+        self._step += 1
+        self._factors_due, self.taken_in = None, False
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _due(when: When, step: int) -> bool:
+    if when is None:
+        return False
+    return bool(when(step)) if callable(when) else step % when == 0

@@ -1,0 +1,68 @@
+"""Rules that shorten an update so that its step stays where the quadratic model holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What a trust region sees of a layer.
+
+    Args:
+        gradient: the gradient of the mean loss, unscaled, as the layer's matrix.
+        update: the preconditioned gradient u = (F + damping)^-1 gradient, as the layer's matrix.
+        rate: the learning rate it will be multiplied with.
+    """
+
+    gradient: Tensor
+    update: Tensor
+    rate: float | Tensor
+
+
+class TrustRegion(Protocol):
+    """Anything that turns the updates of one step into one factor, 0-d, on the device, without a host sync."""
+
+    def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
+        """The factor in (0, 1] that all updates are multiplied with."""
+
+
+@dataclass(frozen=True)
+class KLClip:
+    """Bound the KL divergence of a step: scale by nu = min(1, sqrt(2 max_kl / sum_l rate^2 u^T g)).
+
+    KL(p_theta || p_{theta + delta}) = 1/2 delta^T F delta to second order, with delta = -nu rate u. With
+    u = (F + damping)^-1 g the damped form u^T (F + damping) u is u^T g: it costs one inner product and is never less
+    than u^T F u, so the bound holds. Widely used code leaves out the 1/2, and so clips at half of what it says.
+
+    Args:
+        max_kl: largest KL of one step, per loss term, in nats.
+
+    Source: Ba, Grosse & Martens 2017 (Distributed second-order optimization using Kronecker-factored approximations),
+    section 5; the 1/2 as in Martens 2020 (arXiv:1412.1193), section 6.
+    """
+
+    max_kl: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.max_kl > 0:
+            raise ArgumentError(f"KLClip(max_kl={self.max_kl!r}): expected a positive number of nats")
+
+    def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
+        """nu, 0-d."""
+        total: Tensor | None = None
+        for one in updates:
+            product = (one.update * one.gradient).sum() * one.rate**2
+            total = product if total is None else total + product.to(total.device)
+        if total is None:
+            return torch.ones(())
+        # A sum that is not positive is round-off around zero: nothing to shorten.
+        nu = (2 * self.max_kl / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
+        return nu.clamp(max=1.0)

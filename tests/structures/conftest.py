@@ -1,0 +1,103 @@
+"""Blocks over layouts of every kind, and the dense matrix each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfac_cond.layers.layout import WeightLayout
+from kfac_cond.structures import Block, EigenBlock, Fisher, KroneckerBlock
+
+LAYOUTS = {
+    "linear": WeightLayout("fc.weight", "fc.bias", (3, 4)),
+    "no-bias": WeightLayout("fc.weight", None, (3, 4)),
+    "weight-frozen": WeightLayout(None, "fc.bias", (3, 4)),
+    "convolution": WeightLayout("conv.weight", "conv.bias", (3, 2, 1, 2)),
+    "groups": WeightLayout("conv.weight", "conv.bias", (6, 2, 2), groups=3),
+    "groups-no-bias": WeightLayout("conv.weight", None, (6, 2, 2), groups=3),
+    "groups-weight-frozen": WeightLayout(None, "conv.bias", (6, 2, 2), groups=3),
+}
+SPD = Callable[..., Tensor]
+
+
+@pytest.fixture
+def spd() -> SPD:
+    """A maker of well conditioned positive definite matrices: spd(3) is one of them, spd(2, 3, 3) two."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        d = shape[-1]
+        x = torch.randn(*shape[:-2], d, 2 * d + 2, generator=generator, dtype=torch.float64)
+        return x @ x.mT / x.shape[-1]
+
+    return make
+
+
+@pytest.fixture
+def kronecker(spd: SPD) -> Callable[[WeightLayout, str], KroneckerBlock]:
+    """A maker of Kronecker blocks over a layout."""
+
+    def make(layout: WeightLayout, name: str = "fc") -> KroneckerBlock:
+        *groups, d_out, d_in = layout.matrix_shape
+        return KroneckerBlock(layout, A=spd(*groups, d_in, d_in), G=spd(*groups, d_out, d_out), name=name)
+
+    return make
+
+
+@pytest.fixture
+def layouts() -> dict[str, WeightLayout]:
+    return LAYOUTS
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> WeightLayout:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=["kronecker", "eigen"])
+def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: SPD) -> Block:
+    """A block of each structure over each layout; the eigenvalues of the eigen block are of no Kronecker form."""
+    made: KroneckerBlock = kronecker(layout)
+    if request.param == "kronecker":
+        return made
+    values = torch.rand(layout.matrix_shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
+    return EigenBlock(layout, torch.linalg.eigh(made.A)[1], torch.linalg.eigh(made.G)[1], values, name="fc")
+
+
+@pytest.fixture
+def dense(block: Block) -> Tensor:
+    """The block's matrix by torch.kron and torch.block_diag, group by group."""
+    layout = block.layout
+
+    def groups(tensor: Tensor) -> Tensor:
+        return tensor if layout.groups > 1 else tensor.unsqueeze(0)
+
+    if isinstance(block, KroneckerBlock):
+        return torch.block_diag(*[torch.kron(g, a) for g, a in zip(groups(block.G), groups(block.A), strict=True)])
+    assert isinstance(block, EigenBlock)
+    sides = zip(groups(block.basis_G), groups(block.basis_A), groups(block.values), strict=True)
+    bases = [(torch.kron(g, a), values.flatten()) for g, a, values in sides]
+    return torch.block_diag(*[basis @ torch.diag(values) @ basis.T for basis, values in bases])
+
+
+@pytest.fixture
+def vector(block: Block) -> Tensor:
+    return torch.randn(block.layout.numel, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@pytest.fixture
+def fisher(kronecker) -> Fisher:
+    """Three layers of three kinds, the last one in its eigenbasis."""
+    conv = WeightLayout("conv.weight", "conv.bias", (6, 2, 2), groups=3)
+    head = WeightLayout("head.weight", None, (2, 3))
+    return Fisher(
+        {
+            "fc": kronecker(LAYOUTS["linear"], "fc"),
+            "conv": kronecker(conv, "conv"),
+            "head": kronecker(head, "head").eigen(),
+        },
+        meta={"likelihood": "Categorical()", "kind": "sampled", "samples": 2, "counts": {"examples": 7, "terms": 9}},
+    )

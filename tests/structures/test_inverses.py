@@ -1,0 +1,80 @@
+"""The damped inverses of many blocks at once against the inverse of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfac_cond.layers.layout import WeightLayout
+from kfac_cond.linalg.ladder import Rung
+from kfac_cond.structures import KroneckerBlock, damped_inverses_of
+
+RULES = ["factored", "exact"]
+close = {"rtol": 0.0, "atol": 1e-10}
+
+
+@pytest.fixture
+def blocks(kronecker, layouts: dict[str, WeightLayout]) -> dict[str, KroneckerBlock]:
+    return {name: kronecker(layout, name) for name, layout in layouts.items()}
+
+
+@pytest.fixture
+def dampings(blocks: dict[str, KroneckerBlock]) -> dict[str, Tensor]:
+    """A number for each layer, the same for all its groups."""
+    return {
+        name: torch.full(block.A.shape[:-2], 0.1 * (index + 1), dtype=torch.float64)
+        for index, (name, block) in enumerate(blocks.items())
+    }
+
+
+def broken(block: KroneckerBlock) -> KroneckerBlock:
+    return KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G, name=block.name)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["linear", "no-bias", "weight-frozen", "convolution", "groups", "groups-no-bias"])
+def test_each_is_the_block_s_own_inverse(blocks: Any, dampings: Any, rule: Any, name: str) -> None:
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous={})
+    expected = blocks[name].inverse(damping=dampings[name].max().item(), rule=rule).to_dense()
+    torch.testing.assert_close(inverses[name].to_dense(), expected, **close)
+    assert rungs[name] == Rung.FIRST
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_that_fails_keeps_its_previous_inverse(blocks: Any, dampings: Any, rule: Any) -> None:
+    previous, _ = damped_inverses_of(blocks, dampings, rule=rule, previous={})
+    blocks["linear"] = KroneckerBlock(
+        blocks["linear"].layout, A=blocks["linear"].A * torch.nan, G=blocks["linear"].G * torch.nan
+    )
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous=previous)
+    assert torch.equal(inverses["linear"].to_dense(), previous["linear"].to_dense())
+    assert [name for name, rung in rungs.items() if rung == Rung.PREVIOUS] == ["linear"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_identity_stands_in_where_nothing_went_before(blocks: Any, dampings: Any, rule: Any) -> None:
+    block = blocks["linear"]
+    blocks["linear"] = KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G * torch.nan)
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous={})
+    assert torch.equal(inverses["linear"].to_dense(), torch.eye(15, dtype=torch.float64))
+    assert rungs["linear"] == Rung.IDENTITY
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_failure_leaves_the_other_layers_as_they_are(blocks: Any, dampings: Any, rule: Any) -> None:
+    before, _ = damped_inverses_of(blocks, dampings, rule=rule, previous={})
+    blocks["linear"] = broken(blocks["linear"])
+    after, _ = damped_inverses_of(blocks, dampings, rule=rule, previous={})
+    torch.testing.assert_close(after["no-bias"].to_dense(), before["no-bias"].to_dense(), **close)
+
+
+def test_the_exact_rule_without_damping_gives_no_infinite_inverse(kronecker, layouts: Any) -> None:
+    block = kronecker(layouts["linear"])
+    singular = KroneckerBlock(block.layout, A=torch.diag(torch.arange(5.0, dtype=torch.float64)), G=block.G)
+    inverses, _ = damped_inverses_of(
+        {"fc": singular}, {"fc": torch.tensor(0.0, dtype=torch.float64)}, rule="exact", previous={}
+    )
+    assert torch.isfinite(inverses["fc"].to_dense()).all()
