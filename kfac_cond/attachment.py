@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -33,33 +35,38 @@ class Stepper(Protocol):
     def captures_now(self) -> bool:
         """Whether this step takes in factors or refreshes inverses."""
 
-    def before_step(self, names: list[str], rates: Mapping[int, float | Tensor], grad_scale: Tensor | None) -> None:
-        """Take in what was captured, then precondition the gradients of these layers."""
+    def before_step(self, names: list[str], rates: Mapping[int, float | Tensor], grad_scale: Tensor | None) -> bool:
+        """Take in what was captured and precondition these layers; False where none of them has a gradient."""
 
     def advance(self, skipped: Tensor | None) -> None:
-        """Count one step."""
+        """Count one step; ``skipped`` is a flag on the device that takes it back."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Attached:
-    optimizer: Optimizer
     handles: list[RemovableHandle] = field(default_factory=list)
+    #: The step under way changes nothing, known on the host.
     overflowed: bool = False
+    #: The step under way changes nothing where this flag is set, known on the device.
     skipped: Tensor | None = None
+    #: Whether a layer had a gradient in the step under way.
+    touched: bool = False
 
 
 class Attachments:
     """The optimizers of one preconditioner.
 
-    A round is one step of each of them: a layer is preconditioned once a round, by the first optimizer that holds any
-    of its parameters, and the step is counted once.
+    A round is at most one step of each of them, with no forward of the model between two: a layer is preconditioned
+    once a round, by the first optimizer that holds any of its parameters, and the round counts as one step, if any of
+    it took place. Optimizers are held weakly: one that is dropped is forgotten.
     """
 
     def __init__(self, stepper: Stepper) -> None:
         self._stepper = stepper
-        self._attached: dict[int, _Attached] = {}
-        self._stepped: set[int] = set()
+        self._attached: WeakKeyDictionary[Optimizer, _Attached] = WeakKeyDictionary()
+        self._stepped: WeakSet[Optimizer] = WeakSet()
         self._done: set[str] = set()
+        self._skipped: list[Tensor | None] = []
 
     def __bool__(self) -> bool:
         return bool(self._attached)
@@ -73,14 +80,13 @@ class Attachments:
         for optimizer in found:
             self._check(optimizer)
         for optimizer in found:
-            if id(optimizer) in self._attached:
-                continue
-            attached = _Attached(optimizer)
-            attached.handles = [
-                optimizer.register_step_pre_hook(Hook(self._before, self._stepper)),
-                optimizer.register_step_post_hook(Hook(self._after, self._stepper)),
-            ]
-            self._attached[id(optimizer)] = attached
+            if optimizer not in self._attached:
+                self._attached[optimizer] = _Attached(
+                    [
+                        optimizer.register_step_pre_hook(Hook(self._before, self._stepper)),
+                        optimizer.register_step_post_hook(Hook(self._after, self._stepper)),
+                    ]
+                )
 
     def remove(self) -> None:
         """Leave all optimizers as they were."""
@@ -94,13 +100,24 @@ class Attachments:
         """Forget which optimizers have stepped."""
         self._stepped.clear()
         self._done.clear()
+        self._skipped.clear()
+
+    def end_round(self) -> None:
+        """Count the round where a step of it took place, and begin a new one."""
+        if self._skipped:
+            flags = [flag for flag in self._skipped if flag is not None]
+            # Skipped is only what all of its optimizers skipped.
+            whole = len(flags) == len(self._skipped)
+            self._stepper.advance(torch.stack([flag.to(flags[0].device) for flag in flags]).all() if whole else None)
+        self.new_round()
 
     def _check(self, optimizer: Optimizer) -> None:
         parameters = {name: p for layer in self._stepper.layers.values() for name, p in layer.parameters.items()}
-        if not set(map(id, parameters.values())) & _rates(optimizer).keys():
+        rates = _rates([optimizer])
+        if not any(id(parameter) in rates for parameter in parameters.values()):
             raise AttachError(
-                f"this {type(optimizer).__name__} holds {len(_rates(optimizer))} parameters, and none is one that KFAC "
-                f"covers ({', '.join(list(parameters)[:3])}, ...): build it from the parameters of the same model."
+                f"this {type(optimizer).__name__} holds {len(rates)} parameters, and none is one that KFAC covers "
+                f"({', '.join(list(parameters)[:3])}, ...): build it from the parameters of the same model."
             )
         for name, parameter in parameters.items():
             if getattr(parameter, "_in_backward_optimizers", None):
@@ -111,6 +128,8 @@ class Attachments:
             raise AttachError(_in_backward_message(f"this {type(optimizer).__name__} stepped"))
         if not self._stepper.active:
             return None
+        attached = self._attached[optimizer]
+        attached.overflowed, attached.skipped, attached.touched = False, None, False
         # Torch passes the optimizer itself as the first of args.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -127,12 +146,10 @@ class Attachments:
         return (args[0], preconditioned, *args[2:]), kwargs
 
     def _precondition(self, optimizer: Optimizer) -> None:
-        attached = self._attached[id(optimizer)]
-        if id(optimizer) in self._stepped:
+        attached = self._attached[optimizer]
+        if optimizer in self._stepped:
             # It has had its step of this round: a new one begins, whether or not the others stepped.
-            self._stepper.advance(None)
-            self.new_round()
-        attached.overflowed, attached.skipped = False, None
+            self.end_round()
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer decides on the device; only where factors would change must the host know.
@@ -141,45 +158,54 @@ class Attachments:
                 if attached.overflowed:
                     return
             else:
-                attached.skipped = found_inf.detach() > 0
-        rates = _rates(optimizer)
-        names = [
-            name
-            for name, layer in self._stepper.layers.items()
-            if name not in self._done and any(id(p) in rates for p in layer.parameters.values())
-        ]
-        self._stepper.before_step(names, rates, getattr(optimizer, "grad_scale", None))
+                attached.skipped = found_inf.detach().reshape(()) > 0
+        names = [name for name in self._held_by(optimizer) if name not in self._done]
+        rates = _rates(self._attached)
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        attached.touched |= self._stepper.before_step(names, rates, grad_scale)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attached = self._attached[id(optimizer)]
+        attached = self._attached[optimizer]
         if not self._stepper.active or attached.overflowed:
             return
-        rates = _rates(optimizer)
-        self._stepped.add(id(optimizer))
-        self._done.update(
+        if attached.touched:
+            self._skipped.append(attached.skipped)
+        self._stepped.add(optimizer)
+        self._done.update(self._held_by(optimizer))
+        if len(self._stepped) == len(self._attached):
+            self.end_round()
+
+    def _held_by(self, optimizer: Optimizer) -> list[str]:
+        """The layers of which the optimizer holds a parameter."""
+        rates = _rates([optimizer])
+        return [
             name
             for name, layer in self._stepper.layers.items()
             if any(id(p) in rates for p in layer.parameters.values())
-        )
-        if len(self._stepped) == len(self._attached):
-            self._stepper.advance(attached.skipped)
-            self.new_round()
+        ]
 
 
-def _rates(optimizer: Optimizer) -> dict[int, float | Tensor]:
+def _rates(optimizers: Iterable[Optimizer]) -> dict[int, float | Tensor]:
     """The learning rate of each parameter, by identity; read anew, since groups and schedulers change them."""
-    return {id(p): group.get("lr", 1.0) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        id(p): group.get("lr", 1.0)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def _unwrapped(optimizer: object) -> Optimizer:
+    inner = getattr(optimizer, "optimizer", None)
     if isinstance(optimizer, Optimizer):
         # Accelerate and the like wrap an optimizer in one; the inner one does the step.
-        inner = getattr(optimizer, "optimizer", None)
         return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
-    raise AttachError(
-        f"attach() got {type(optimizer).__name__}: expected a torch.optim.Optimizer. With any other stepper call "
-        f"kfac.update(outputs) after the forward and kfac.precondition() before the step."
+    remedy = (
+        "pass its .optimizer"
+        if isinstance(inner, Optimizer)
+        else "with any other stepper call kfac.update(outputs) after the forward, kfac.precondition() before the step"
     )
+    raise AttachError(f"attach() got {type(optimizer).__name__}: expected a torch.optim.Optimizer; {remedy}.")
 
 
 def _in_backward_message(what: str) -> str:

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
+from .guards import kept_running_statistics, without_autocast
 from .hooks import Hook, Owner, in_backward
 from .layers.sharing import (
     expanded_gradient_moment,
@@ -35,6 +36,17 @@ from .statistics import LayerSums, Statistics, check_finite, statistic_dtype
 #: holds its graph, and a validation loop with gradients enabled must not fill the memory.
 MAX_WAITING = 16
 MAX_SPENT = 4
+
+#: What autograd refuses, by words of its message, and what that means here.
+_REFUSALS = {
+    "second time": (
+        "the graph of these outputs was freed by a backward already: call kfac.update(outputs) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "the model uses reentrant activation checkpointing, through which no scores can be sent back: checkpoint with "
+        "use_reentrant=False."
+    ),
+}
 
 Positions = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 Heard = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -118,7 +130,8 @@ class Capture:
         self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True, prepend=True)]
         for layer in self.layers.values():
             for module in dict.fromkeys(layer.modules):
-                self._handles.append(module.register_forward_hook(hook(partial(self._layer, layer)), prepend=True))
+                call = hook(partial(self._layer, layer))
+                self._handles.append(module.register_forward_hook(call, with_kwargs=True, prepend=True))
         if self._heard is not None:
             self._handles.append(root.register_forward_hook(hook(self._end), with_kwargs=True))
 
@@ -155,23 +168,27 @@ class Capture:
         if self._heard is not None and self.listening():
             self._heard(args, kwargs, outputs)
 
-    def _layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _layer(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if not self.listening():
             return
-        if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+        given = [*args, *kwargs.values()]
+        if not isinstance(output, Tensor) or len(given) != 1 or not isinstance(given[0], Tensor):
             raise CaptureError(
-                f"layer '{layer.name}' ({layer.kind.name}) was called with {[type(arg).__name__ for arg in args]} and "
-                f"returned {type(output).__name__}: expected one tensor each. Pass the input by position, or exclude "
-                f"the layer with rules={{'{layer.name}': dict(exclude=True)}}."
+                f"layer '{layer.name}' ({layer.kind.name}) was called with {[type(one).__name__ for one in given]} and "
+                f"returned {type(output).__name__}: expected one tensor each. Exclude the layer with "
+                f"rules={{'{layer.name}': dict(exclude=True)}}."
             )
+        inputs = given[0].detach()
         if not output.requires_grad:
             return
         layer.check_unchanged()
         self.fired.add(layer.name)
         forward = self.waiting[-1] if self.waiting else self._open(None)
         edge = _edge(output)
-        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-            a = layer.kind.activations(module, args[0].detach().to(statistic_dtype(args[0].dtype)))
+        with torch.no_grad(), without_autocast(inputs.device):
+            a = layer.kind.activations(module, inputs.to(statistic_dtype(inputs.dtype)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
             self._add(forward, layer, a, keep)
         forward.entries[layer.name].uses.append(_Use(edge, output.shape, module, keep))
@@ -223,12 +240,12 @@ class Capture:
             for entry in forward.entries.values()
             for use in entry.uses
         ]
-        if not uses:
+        if not uses or not any(one.requires_grad for one in outputs):
             return None
         sums: dict[str, LayerSums] = {}
         touched: set[int] = set()
         for score, weight in scores:
-            gradients = _gradients(outputs, [use.edge for _, _, use in uses], score)
+            gradients = self._gradients(outputs, [use.edge for _, _, use in uses], score)
             touched.update(index for (index, _, _), g in zip(uses, gradients, strict=True) if g is not None)
             if not touched:
                 return None
@@ -251,8 +268,24 @@ class Capture:
         edges = [use.edge for forward in self.spent for entry in forward.entries.values() for use in entry.uses]
         if not edges:
             return False
-        found = _gradients([outputs], edges, [torch.zeros_like(outputs)])
+        try:
+            found = self._gradients([outputs], edges, [torch.zeros_like(outputs)])
+        except CaptureError:
+            # The way to our edges was freed by a backward; a graph that does not lead to them is never entered.
+            return True
         return any(gradient is not None for gradient in found)
+
+    def _gradients(
+        self, outputs: Sequence[Tensor], edges: Sequence[GradientEdge], scores: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """One backward from scores to edges. Autocast would reach into it, hence off."""
+        with without_autocast(outputs[0].device), kept_running_statistics(self.model):
+            try:
+                return torch.autograd.grad(outputs, edges, scores, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if known := next((words for key, words in _REFUSALS.items() if key in str(error)), None):
+                    raise CaptureError(known) from error
+                raise
 
 
 def gathered(
@@ -302,20 +335,6 @@ def _edge(output: Tensor) -> GradientEdge:
     return get_gradient_edge(output)
 
 
-def _gradients(outputs: Sequence[Tensor], edges: Sequence[GradientEdge], scores: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One backward from scores to edges. Autocast would reach into it, hence off."""
-    with torch.autocast(outputs[0].device.type, enabled=False):
-        try:
-            return torch.autograd.grad(outputs, edges, scores, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise CaptureError(
-                "the graph of these outputs was freed by a backward already: call kfac.update(outputs) before "
-                "loss.backward()."
-            ) from error
-
-
 def _add_gradients(
     sums: dict[str, LayerSums], reached: Iterable[tuple[_Entry, _Use, Tensor]], weight: float, examples: int
 ) -> None:
@@ -347,7 +366,6 @@ def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, weight
         empty = moment.new_zeros(())
         sums[layer.name] = LayerSums(empty, empty, moment)
     else:
-        assert mine.G is not None
         mine.G.add_(moment)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def call_model(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     """Run ``model`` on a batch as loaders yield them; returns (outputs, data labels or None).
 
     A tensor is the input; of a tuple or list the first entry is the input and the second the labels; a mapping is
-    passed by keyword, without ``labels`` where the model's outputs do not need them.
+    passed by keyword, without ``labels`` where the model's forward has no such argument.
     """
     device = _device(model)
     if isinstance(batch, Tensor):
@@ -121,7 +122,8 @@ def call_model(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         return model(_moved(batch[0], device)), _moved(batch[1], device) if len(batch) > 1 else None
     if isinstance(batch, Mapping):
         inputs = {key: _moved(value, device) for key, value in batch.items()}
-        return model(**inputs), inputs.get("labels")
+        labels = inputs.get("labels")
+        return model(**{key: inputs[key] for key in inputs if key != "labels" or _takes_labels(model)}), labels
     raise ArgumentError(
         f"a batch is {_described(batch)}: expected a tensor, a tuple (inputs, labels) or a mapping of keyword arguments"
     )
@@ -131,6 +133,11 @@ def leading_dimension(batch: Any) -> int | None:
     """The size of dimension 0 of a batch's first input, where it has one."""
     first = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return first.shape[0] if isinstance(first, Tensor) and first.ndim else None
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    arguments = inspect.signature(model.forward).parameters.values()
+    return any(one.name == "labels" or one.kind is inspect.Parameter.VAR_KEYWORD for one in arguments)
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:

@@ -16,9 +16,10 @@ from .capture import Capture, gathered
 from .data import Data, call_model, leading_dimension
 from .draws import Draws
 from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
+from .guards import kept_state
 from .hooks import hook_owners
 from .layers.survey import Layer, survey
-from .likelihoods import Likelihood, as_likelihood, exact_scores, sampled_scores
+from .likelihoods import Categorical, Likelihood, as_likelihood, exact_scores, sampled_scores
 from .listening import bound_to_batch
 from .progress import tracked
 from .statistics import Statistics
@@ -168,22 +169,13 @@ class _Pass:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks on, whoever else listens paused; buffers and the random state as before afterwards."""
-        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with ExitStack() as stack:
             for owner in hook_owners(self.model):
                 stack.enter_context(owner.paused())
-            for kind in {device.type for device in devices} or {"cuda"}:
-                same = [device for device in devices if device.type == kind]
-                stack.enter_context(torch.random.fork_rng(devices=same, device_type=kind))
+            stack.enter_context(kept_state(self.model))
+            stack.callback(self.capture.remove)
             self.capture.install()
-            try:
-                yield
-            finally:
-                self.capture.remove()
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
+            yield
 
     def statistics(self, number: int, batch: Any) -> Statistics:
         """The statistics of one batch, seen to be finite."""
@@ -191,6 +183,9 @@ class _Pass:
             output, targets = call_model(self.model, batch)
         args, kwargs, _ = self.call
         outputs = self.data.pick_outputs(args, kwargs, output)
+        if not (self.likelihood.needs_targets or isinstance(self.likelihood, Categorical)):
+            # Labels that mean nothing to p, say the digits of the images that an autoencoder is given.
+            targets = None
         bound = bound_to_batch(
             self.likelihood, self.data, outputs, args=args, kwargs=kwargs, output=output, targets=targets
         )
@@ -248,7 +243,7 @@ class _Pass:
         blocks = {}
         for name, layer in self.layers.items():
             sums = total.layers.get(name)
-            if sums is not None and sums.G is not None:
+            if sums is not None:
                 A, G = sums.A / sums.A_count, sums.G / total.divisor.to(sums.G.device)
                 blocks[name] = KroneckerBlock(layer.layout, A, G, name=name)
         counts = {"examples": total.examples, "terms": total.divisor}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ def gradients_of(layer: Layer) -> dict[str, Tensor]:
 
     Raises:
         ArgumentError: a sparse or sharded gradient.
+        ModelChangedError: the layer is not what was wrapped.
     """
+    layer.check_unchanged()
     found = {name: p.grad for name, p in layer.parameters.items() if p.grad is not None}
     for name, gradient in found.items():
         if gradient.layout is not torch.strided or hasattr(gradient, "full_tensor"):
             raise ArgumentError(
-                f"the gradient of '{name}' is {type(gradient).__name__} with layout {gradient.layout}: expected a dense "
-                f"tensor. Exclude the layer with rules={{'{layer.name}': dict(exclude=True)}}."
+                f"the gradient of '{name}' is {type(gradient).__name__} with layout {gradient.layout}: expected a "
+                f"dense tensor. Exclude the layer with rules={{'{layer.name}': dict(exclude=True)}}."
             )
     return found
 
@@ -43,8 +45,18 @@ def layer_update(
     parameters = layer.parameters
     whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()}
     matrix = layer.layout.to_matrix({name: gradient.to(inverse.dtype) for name, gradient in whole.items()})
-    rate = next((rates[id(p)] for p in parameters.values() if id(p) in rates), 1.0)
-    return LayerUpdate(matrix, inverse.matvec(matrix), rate)
+    own = [rates[id(p)] for p in parameters.values() if id(p) in rates]
+    return LayerUpdate(matrix, inverse.matvec(matrix), _largest(own))
+
+
+def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
+    """The largest of a layer's learning rates, so that a bound on its step holds for each; 1 where there is none."""
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    largest: float | Tensor = max(numbers, default=0.0 if rates else 1.0)
+    for rate in rates:
+        if isinstance(rate, Tensor):
+            largest = torch.maximum(rate, torch.as_tensor(largest, dtype=rate.dtype, device=rate.device))
+    return largest
 
 
 def trust_region_scale(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +51,37 @@ class Health:
         before = self._unread.get(key)
         self._unread[key] = flag.long() if before is None else before.to(flag.device) + flag
 
+    def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
+        """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""
+        kept = self.failures.keys() - set(without)
+        fresh = copy.copy(self)
+        fresh.failures = {name: self.failures[name] if name in kept else 0 for name in names}
+        return fresh
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers, what was noted and not read yet among them; waits for the device."""
+        return {
+            "skipped_captures": self.skipped_captures,
+            "barren_intervals": self.barren_intervals,
+            "started": self.started,
+            "failures": dict(self.failures),
+            "captures": self._captures,
+            "unread": {key: 0 if count.is_meta else int(count.item()) for key, count in self._unread.items()},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state`` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        self.skipped_captures = int(state["skipped_captures"])
+        self.barren_intervals = int(state["barren_intervals"])
+        self.started = bool(state["started"])
+        self.failures.update({name: int(state["failures"][name]) for name in self.failures})
+        self._captures = int(state["captures"])
+        self._unread = {str(key): torch.tensor(int(count)) for key, count in state["unread"].items()}
+
     def read(self, *, first: bool) -> bool:
         """Read the flags, once per refresh; warn by name, or raise where the run should not go on.
 
@@ -66,10 +100,11 @@ class Health:
         if not unread:
             return self.started
         if any(count.is_meta for count in unread.values()):
+            self.started = True
             return True
         device = next(iter(unread.values())).device
         numbers = torch.stack([count.to(device) for count in unread.values()]).tolist()
-        counts = dict(zip(unread, numbers, strict=True))
+        counts = Counter(dict(zip(unread, numbers, strict=True)))
         if counts["labels"]:
             raise LikelihoodError(
                 f"{counts['labels']} of the last {captures} captures had labels out of the likelihood's range; their "
@@ -87,10 +122,8 @@ class Health:
             f"{f' (first in layer {layers[0]!r}, in {len(layers)} layers)' if layers else ''}"
         )
         if bad == captures and (first or self.barren_intervals >= self.patience):
-            raise NumericalError(
-                f"{found}, and {'there are none before them' if first else f'so for {self.patience} refreshes in a row'}"
-                f": {_REMEDY}."
-            )
+            since = "there are none before them" if first else f"so for {self.patience} refreshes in a row"
+            raise NumericalError(f"{found}, and {since}: {_REMEDY}.")
         logger.warning("%s; they were left out of the average: %s.", found, _REMEDY)
         return self.started
 
@@ -108,6 +141,6 @@ class Health:
             self._rungs[name] = rung
             if self.failures[name] >= self.patience:
                 raise NumericalError(
-                    f"layer '{name}': no factorisation for {self.failures[name]} refreshes in a row: raise the damping, "
-                    f"or {_REMEDY}."
+                    f"layer '{name}': no factorisation for {self.failures[name]} refreshes in a row: raise the "
+                    f"damping, or {_REMEDY}."
                 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .data import Data
-from .errors import CaptureError
+from .errors import CaptureError, KFACError
 from .hooks import Hook, Owner, in_backward
 from .likelihoods import Likelihood, as_likelihood, heard_call
 
@@ -33,7 +33,8 @@ class Listener:
         self.criterion = likelihood if isinstance(likelihood, nn.Module) else None
         #: The likelihood for outputs of the model's own forward.
         self.likelihood = as_likelihood(likelihood, heard=False)
-        self.reason = ""
+        #: Why the last forward could not be taken in; raised at the step, since an explicit update may still come.
+        self.refused: KFACError | None = None
         self._heard_likelihood = as_likelihood(likelihood, heard=True)
         self._data = data
         self._due = due
@@ -71,24 +72,27 @@ class Listener:
         """Hear a forward of the model itself; used where there is no criterion to listen to."""
         if not self._on or self.criterion is not None:
             return
-        outputs = self._data.pick_outputs(args, kwargs, output)
-        if not outputs.requires_grad:
+        try:
+            outputs = self._data.pick_outputs(args, kwargs, output)
+            if not outputs.requires_grad:
+                return
+            bound = bound_to_batch(self.likelihood, self._data, outputs, args=args, kwargs=kwargs, output=output)
+            if bound.needs_targets:
+                raise CaptureError(
+                    f"{bound!r} needs the data labels (class weights or ignored labels), and a forward does not say "
+                    f"them: call kfac.update(outputs, targets=labels) after the forward, or pass "
+                    f"data=kc.Data(targets=lambda args, kwargs, outputs: ...)"
+                )
+        except KFACError as error:
+            self.refused = error
             return
-        bound = bound_to_batch(self.likelihood, self._data, outputs, args=args, kwargs=kwargs, output=output)
-        if bound.needs_targets:
-            # Refused at the step, not here: an explicit update may still come.
-            self.reason = (
-                f"{bound!r} needs the data labels (class weights or ignored labels), and a forward does not say them: "
-                f"call kfac.update(outputs, targets=labels) after the forward, or pass "
-                f"data=kc.Data(targets=lambda args, kwargs, outputs: ...)"
-            )
-            return
+        self.refused = None
         self._heard(outputs, bound)
 
-    def nothing_heard(self, *, forwards: bool) -> CaptureError:
+    def nothing_heard(self, *, forwards: bool) -> KFACError:
         """The error for a due step at which nothing was heard."""
-        if self.reason:
-            return CaptureError(self.reason)
+        if self.refused is not None:
+            return self.refused
         if not forwards:
             return CaptureError(
                 "factors are due at this step, but no forward of the wrapped model with gradients enabled was seen: "

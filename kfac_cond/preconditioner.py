@@ -13,23 +13,20 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
-from .capture import Capture, gathered
 from .coverage import Coverage
 from .damping import Damping, as_damping
 from .data import Data
-from .draws import Draws
-from .errors import ArgumentError, AttachError, CaptureError, CoverageError, NotReadyError
+from .errors import ArgumentError, AttachError, NotReadyError
 from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .health import Health
-from .hooks import hook_owners
-from .layers.naming import named_modules
-from .layers.survey import Layer, Survey, survey
-from .likelihoods import Likelihood, sampled_scores
-from .listening import Listener, bound_to_batch
+from .intake import Intake
+from .layers.survey import Layer
+from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
-from .statistics import MovingAverage, Statistics
+from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
 from .trust_region import TrustRegion
+from .wrapping import covering, refuse_wrapped
 
 logger = logging.getLogger("kfac_cond")
 
@@ -85,7 +82,7 @@ class KFAC:
         trust_region: TrustRegion | None = None,
         data: Data | None = None,
     ) -> None:
-        self._refuse_second(model)
+        refuse_wrapped(model, KFAC)
         if structure != "kfac":
             raise ArgumentError(f"structure={structure!r}: KFAC trains with 'kfac'")
         self.damping = as_damping(damping)
@@ -93,23 +90,26 @@ class KFAC:
         self.trust_region = trust_region
         self._model = model
         self._rules = dict(rules or {})
-        self._data = data or Data()
-        self._listener = Listener(likelihood, self._data, due=self._due, heard=self._hear)
-        self._survey = _covering(model, self._rules)
-        self._draws = Draws(self._data.seed)
+        self._survey = covering(model, self._rules)
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
-        self._explicit = False
-        self._heard_alone = False
         self._named_missing = False
-        self._pending: Statistics | None = None
         self._scale: Tensor | None = None
         self._inverses: dict[str, Block] = {}
         self._average = MovingAverage(self.layers)
         self._health = Health(self.layers, patience=self.schedule.patience)
-        self._capture = self._listening_capture()
-        self._capture.install()
+        self._intake = Intake(
+            model,
+            likelihood,
+            data or Data(),
+            owner=self,
+            due=self._due,
+            forward_due=self._forward_due,
+            step=lambda: self._clock.at_most,
+            note=lambda statistics, *, invalid_labels: self._health.note(statistics, invalid_labels=invalid_labels),
+        )
+        self._intake.watch(self.layers)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -150,23 +150,33 @@ class KFAC:
         Raises:
             NotReadyError: nothing was captured yet.
         """
-        if not self._average.ready:
+        if not (self._average.ready and self._health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
-        meta = {"likelihood": repr(self._listener.likelihood), "kind": "sampled", "structure": "kfac"}
+        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": "kfac"}
         return Fisher(self._blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
-        table = self.coverage()
-        mode = f"attached to {len(self._attachments)} optimizer(s)" if self._attachments else "not attached"
-        heard = self._listener.criterion or self._listener.likelihood
-        return (
+        table, step, missing = self.coverage(), self._clock.at_most, self._named_missing
+        listener, number = self._intake.listener, len(self._attachments)
+        mode = f"attached to {number} optimizer{'s' * (number != 1)}" if number else "not attached to an optimizer"
+        lines = (
             f"KFAC of {type(self._model).__name__}: {len(self.layers)} layers, {100 * table.share:.1f} % of "
-            f"{table.parameters:,} trainable numbers\n"
-            f"  likelihood {heard!r}; damping {self.damping.at(self._clock.at_most):g} ({self.damping.rule}); "
-            f"factors {_when(self.schedule.factors)}, inverses {_when(self.schedule.inverses)}\n"
-            f"  step {self._clock.at_most}, {mode}{', paused' if self._paused else ''}; factors of {len(self._average.ready)}, "
-            f"inverses of {len(self._inverses)} layers"
+            f"{table.parameters:,} trainable numbers",
+            f"likelihood {listener.likelihood!r}, {self._source()}",
+            f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
+            f"{self.schedule}",
+            f"step {step}, {mode}{', paused' if self._paused else ''}",
+            f"factors of {len(self._average.ready)}, inverses of {len(self._inverses)} of {len(self.layers)} layers"
+            f"{', some never fired' * missing}; {self._health.skipped_captures} captures left out",
         )
+        return "\n  ".join(lines)
+
+    def _source(self) -> str:
+        """Where outputs come from, in words."""
+        if self._intake.explicit:
+            return "of outputs given to update()"
+        criterion = self._intake.listener.criterion
+        return f"heard at the calls of {type(criterion).__name__}" if criterion is not None else "heard at the forward"
 
     # -- what a user calls --------------------------------------------------------------------------------------------
 
@@ -180,8 +190,7 @@ class KFAC:
             AttachError: not a torch optimizer, one without covered parameters, or one that steps inside backward.
         """
         self._attachments.add(*optimizers)
-        if not self._explicit:
-            self._listener.start(self)
+        self._intake.start()
 
     def update(
         self, outputs: Tensor, *, targets: Tensor | None = None, draws: Tensor | Sequence[Tensor] | None = None
@@ -200,20 +209,7 @@ class KFAC:
             CaptureError: outputs that no captured forward computed, that were used already, or whose graph is freed.
             LikelihoodError: outputs, targets or draws that do not fit the likelihood.
         """
-        self._explicit = True
-        self._listener.stop()
-        if not self._due():
-            return
-        bound = bound_to_batch(self._listener.likelihood, self._data, outputs, targets=targets)
-        if bound.needs_targets:
-            raise CaptureError(f"{bound!r} needs the data labels: call kfac.update(outputs, targets=labels)")
-        drawn = [draws] if isinstance(draws, Tensor) else draws
-        if not (self._send(outputs, bound, drawn) or self._send(outputs, bound, drawn, again=True)):
-            raise CaptureError(
-                f"no captured forward of {type(self._model).__name__} computed these outputs (of shape "
-                f"{tuple(outputs.shape)}): pass the tensor that the model returned, with gradients enabled, once for "
-                f"each forward."
-            )
+        self._intake.update(outputs, targets=targets, draws=draws)
 
     def precondition(self, *, lr: float | None = None) -> None:
         """Replace the gradients of covered layers by preconditioned ones, and count one step; for use without attach.
@@ -222,12 +218,15 @@ class KFAC:
             lr: the learning rate of the step to come; a trust region needs it.
 
         Raises:
-            NotReadyError: no factors were captured yet.
+            NotReadyError: no factors were captured yet, or there are no gradients.
+            ArgumentError: a trust region without the learning rate, or a gradient that is not a dense tensor.
             AttachError: an attached optimizer does this already.
         """
         if self._attachments:
             raise AttachError("an attached optimizer's step preconditions already: leave out kfac.precondition()")
-        if self._pending is None and not self._average.ready:
+        if self._paused:
+            return
+        if not (self._intake.pending or self._average.ready):
             raise NotReadyError(
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
@@ -236,7 +235,8 @@ class KFAC:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
         rate = 1.0 if lr is None else lr
         rates = {id(p): rate for layer in self.layers.values() for p in layer.parameters.values()}
-        self.before_step(list(self.layers), rates, None)
+        if not self.before_step(list(self.layers), rates, None):
+            raise NotReadyError("precondition() found no gradient of a covered layer: call it after loss.backward()")
         self.advance(None)
 
     @contextmanager
@@ -250,23 +250,19 @@ class KFAC:
 
     def refresh(self) -> None:
         """Look at the model again after layers were added, replaced, frozen or unfrozen; keep what still fits."""
-        fresh = _covering(self._model, self._rules)
+        fresh = covering(self._model, self._rules)
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
         for name in changed:
             self._inverses.pop(name, None)
         self._average = self._average.restricted(fresh.layers, without=changed)
-        self._health = Health(fresh.layers, patience=self.schedule.patience)
-        self._survey, self._pending, self._named_missing = fresh, None, False
-        self._capture.remove()
-        self._capture = self._listening_capture()
-        self._capture.install()
+        self._health = self._health.restricted(fresh.layers, without=changed)
+        self._survey, self._named_missing = fresh, False
+        self._intake.watch(fresh.layers)
 
     def remove(self) -> None:
         """Take everything off the model, the criterion and the optimizers; nothing of it remains."""
-        self._capture.remove()
-        self._listener.stop()
+        self._intake.stop()
         self._attachments.remove()
-        self._pending = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
@@ -275,7 +271,7 @@ class KFAC:
             average=self._average,
             inverses=self._inverses,
             health=self._health,
-            numbers={"step": self.step, "seed": self._draws.seed},
+            numbers={"step": self.step, "seed": self._intake.draws.seed},
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -287,76 +283,38 @@ class KFAC:
         loaded = state.load(saved, self.layers, patience=self.schedule.patience)
         self._average, self._inverses = loaded.average, loaded.inverses
         self._health = loaded.health
-        self._draws = Draws(loaded.seed)
-        self._clock, self._pending = Clock(self.schedule, loaded.step), None
+        self._clock = Clock(self.schedule, loaded.step)
+        self._intake.restart(loaded.seed)
         self._attachments.new_round()
 
-    # -- capture ------------------------------------------------------------------------------------------------------
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def _factors_due(self) -> bool:
+        """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
+        return self._clock.factors_due() or (not self._health.started and bool(self._average.A))
 
     def _due(self) -> bool:
-        """Whether forwards are captured now."""
-        return not self._paused and not self._clock.taken_in and self._clock.factors_due()
+        """Whether outputs heard of now are captured."""
+        return not self._paused and not self._clock.taken_in and self._factors_due()
 
-    def _hear(self, outputs: Tensor, likelihood: Likelihood) -> None:
-        """Take in outputs that the listener heard of; those of other models are ignored."""
-        likelihood.check(outputs)
-        if not self._send(outputs, likelihood, None, replaceable=True) and self._capture.came_from_spent(outputs):
-            raise CaptureError(
-                "the loss was called twice on one forward of the wrapped model: the library cannot know how the two "
-                "are weighted. Call kfac.update(outputs) once for the outputs that parametrise p."
-            )
-
-    def _send(
-        self,
-        outputs: Tensor,
-        likelihood: Likelihood,
-        draws: Sequence[Tensor] | None,
-        *,
-        again: bool = False,
-        replaceable: bool = False,
-    ) -> bool:
-        """Send scores back from ``outputs`` and keep the statistics; False where no forward of ours was reached."""
-        count = 1 if draws is None else len(draws)
-        generators = self._draws.generators(step=self._clock.at_most, count=count, device=outputs.device)
-        invalid = likelihood.invalid_targets(outputs)
-        for labels in draws or ():
-            invalid = invalid | likelihood.invalid_labels(outputs, labels)
-        scores = sampled_scores(likelihood, outputs, generators=generators, draws=draws)
-        statistics = gathered(
-            self._capture, outputs, likelihood, scores, invalid=invalid, again=again, replaceable=replaceable
-        )
-        if statistics is None:
-            return False
-        if again and self._heard_alone:
-            # An explicit update takes the place of all that was heard on its own.
-            self._pending = None
-        self._heard_alone = replaceable
-        self._health.note(statistics, invalid_labels=invalid)
-        self._pending = statistics if self._pending is None else self._pending.merged(statistics)
-        return True
-
-    def _listening_capture(self) -> Capture:
-        return Capture(
-            self._model,
-            self.layers,
-            due=self._due,
-            owner=self,
-            positions=self._data.pick_positions,
-            heard=self._listener.root,
-        )
+    def _forward_due(self) -> bool:
+        """Whether a forward now is captured; one after an optimizer's step belongs to the next step."""
+        if not self._paused:
+            self._attachments.end_round()
+        return self._due()
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def captures_now(self) -> bool:
         """Whether this step takes in factors or refreshes inverses."""
-        return not self._clock.taken_in and (self._clock.factors_due() or self._clock.inverses_due())
+        return not self._clock.taken_in and (self._factors_due() or self._clock.inverses_due())
 
     @torch.no_grad()
-    def before_step(self, names: list[str], rates: Mapping[int, float | Tensor], grad_scale: Tensor | None) -> None:
-        """Take in what was captured, then precondition the gradients of the layers named."""
+    def before_step(self, names: list[str], rates: Mapping[int, float | Tensor], grad_scale: Tensor | None) -> bool:
+        """Take in what was captured and precondition the layers named; False where none of them has a gradient."""
         gradients = {name: found for name in names if (found := gradients_of(self.layers[name]))}
         if not gradients:
-            return
+            return False
         if not self._clock.taken_in:
             self._take_in()
         updates = {}
@@ -364,30 +322,32 @@ class KFAC:
             inverse = self._inverse_of(name, next(iter(found.values())))
             if inverse is not None:
                 updates[name] = layer_update(self.layers[name], found, inverse, rates)
+        scale = None
         if updates and self.trust_region is not None:
-            self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
-        write(self.layers, gradients, updates, self._scale)
+            scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
+        write(self.layers, gradients, updates, scale)
+        return True
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
         self._clock.advance(skipped)
-        self._capture.forget()
+        self._intake.capture.forget()
 
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
-        if self._pending is not None:
-            self._average.update(self._pending, decay=self.schedule.decay_at(self._clock.at_most))
-            self._pending = None
+        captured = self._intake.take()
+        if captured is not None:
+            self._average.update(captured, decay=self.schedule.decay_at(self._clock.at_most))
             self._name_missing()
-        elif self._clock.factors_due() and not (self._explicit and self._average.ready):
-            raise self._listener.nothing_heard(forwards=bool(self._capture.waiting))
-        if self._average.ready and (self._clock.inverses_due() or not self._inverses):
+        elif self._factors_due() and not (self._intake.explicit and self._average.ready):
+            raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))
+        if self._clock.inverses_due() or any(name not in self._inverses for name in self._average.ready):
             self._refresh_inverses()
         self._clock.taken_in = True
 
     def _name_missing(self) -> None:
         """After the first capture: every layer that should have fired has, or is named."""
-        missing = [name for name in self.layers if name not in self._capture.fired]
+        missing = [name for name in self.layers if name not in self._intake.capture.fired]
         if self._named_missing or not missing:
             return
         self._named_missing = True
@@ -409,8 +369,9 @@ class KFAC:
             name: self.damping.of(block.A, block.G, step=self._clock.at_most, override=self.layers[name].rule.damping)
             for name, block in blocks.items()
         }
-        self._inverses, rungs = damped_inverses_of(blocks, dampings, rule=self.damping.rule, previous=self._inverses)
+        inverses, rungs = damped_inverses_of(blocks, dampings, rule=self.damping.rule, previous=self._inverses)
         self._health.climbed(rungs)
+        self._inverses = inverses
 
     def _blocks(self) -> dict[str, KroneckerBlock]:
         return {
@@ -419,37 +380,8 @@ class KFAC:
         }
 
     def _inverse_of(self, name: str, like: Tensor) -> Block | None:
-        """The layer's inverse, where its gradient is."""
-        self.layers[name].check_unchanged()
-        inverse = self._inverses.get(name)
-        if inverse is not None and inverse.device != like.device:
-            inverse = self._inverses[name] = inverse.to(like.device)
+        """The layer's inverse, where its gradient is and in the dtype of its statistics."""
+        inverse, dtype = self._inverses.get(name), statistic_dtype(like.dtype)
+        if inverse is not None and (inverse.device, inverse.dtype) != (like.device, dtype):
+            inverse = self._inverses[name] = inverse.to(like.device).to(dtype)
         return inverse
-
-    @staticmethod
-    def _refuse_second(model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
-        if any(isinstance(owner, KFAC) for owner in hook_owners(model)):
-            raise AttachError("this model is already wrapped by a KFAC: use that one, or call its remove() first")
-
-
-def _covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey:
-    """The layers of a model, at least one."""
-    found = survey(model, rules)
-    if not found.layers:
-        reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
-        raise CoverageError(f"{type(model).__name__} has no layer that KFAC covers ({reasons})")
-    for name, module in named_modules(model):
-        if isinstance(module, nn.DataParallel):
-            raise CoverageError(
-                f"'{name or type(model).__name__}' is nn.DataParallel, whose replicas lose their hooks: use "
-                f"DistributedDataParallel, or the plain module"
-            )
-    return found
-
-
-def _when(when: object) -> str:
-    if when is None:
-        return "never"
-    return "when its callable says" if callable(when) else f"every {when} steps"

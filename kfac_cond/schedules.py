@@ -50,6 +50,9 @@ class Schedule:
             if not (_is_whole(value) and value >= least):
                 raise ArgumentError(f"Schedule({name}={value!r}): expected a whole number >= {least}")
 
+    def __str__(self) -> str:
+        return f"factors {_in_words(self.factors)}, inverses {_in_words(self.inverses)}"
+
     def factors_due(self, step: int) -> bool:
         """Whether a forward at ``step`` is captured."""
         return _due(self.factors, step)
@@ -130,3 +133,11 @@ def _due(when: When, step: int) -> bool:
     if when is None:
         return False
     return bool(when(step)) if callable(when) else step % when == 0
+
+
+def _in_words(when: When) -> str:
+    if when is None:
+        return "never"
+    if callable(when):
+        return "when its callable says"
+    return "every step" if when == 1 else f"every {when} steps"

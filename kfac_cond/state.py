@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import StateError
 from .health import Health
 from .layers.survey import Layer
-from .statistics import MovingAverage, statistic_dtype
+from .statistics import MovingAverage, count_dtype, statistic_dtype
 from .structures import Block, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
@@ -26,6 +26,9 @@ _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
     EigenBlock: ("basis_A", "basis_G", "values"),
 }
+
+#: What an average may hold: nothing, the weight of G of a layer that was not used yet, or all of it.
+_AVERAGES: tuple[set[str], ...] = (set(), {"G_weight"}, {"A", "A_weight", "G", "G_weight"})
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,11 @@ def save(
         "format": FORMAT,
         "version": VERSION,
         **numbers,
-        "health": {
-            "skipped_captures": health.skipped_captures,
-            "barren_intervals": health.barren_intervals,
-            "started": health.started,
-        },
+        "health": health.state(),
         "layers": {
             name: {
                 "shape": list(layer.layout.matrix_shape),
                 "parameters": list(layer.layout.names),
-                "failures": health.failures.get(name, 0),
                 "average": average.layer_state(name),
                 "inverse": _inverse_state(inverses.get(name)),
             }
@@ -79,21 +77,19 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, patience: int
     _check_format(saved)
     _check_names(saved["layers"], layers)
     average = MovingAverage(layers)
-    health = Health(layers, patience=patience)
     inverses: dict[str, Block] = {}
     for name, layer in layers.items():
-        entry = saved["layers"][name]
-        expected = {"shape": list(layer.layout.matrix_shape), "parameters": list(layer.layout.names)}
-        found = {key: entry.get(key) for key in expected}
-        if found != expected:
-            raise StateError(f"layer '{name}': the state is of {found}, the model has {expected}")
-        average.load_layer(name, _placed(name, layer, entry["average"]))
+        entry = _layer_entry(name, layer, saved["layers"][name])
+        average.load_layer(name, _placed(name, layer, _whole_average(name, entry["average"])))
         if entry["inverse"] is not None:
             inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
-        health.failures[name] = int(entry["failures"])
-    for key, value in saved["health"].items():
-        setattr(health, key, value)
-    return Loaded(average, inverses, health, int(saved["step"]), int(saved["seed"]))
+    health = Health(layers, patience=patience)
+    try:
+        health.load_state(saved["health"])
+        step, seed = int(saved["step"]), int(saved["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
+    return Loaded(average, inverses, health, step, seed)
 
 
 def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
@@ -102,19 +98,21 @@ def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
     return {"structure": type(inverse).__name__, **{key: getattr(inverse, key) for key in _STORED[type(inverse)]}}
 
 
-def _check_format(saved: Mapping[str, Any]) -> None:
-    keys = sorted(saved) if isinstance(saved, Mapping) else type(saved).__name__
+def _check_format(saved: object) -> None:
     if not isinstance(saved, Mapping) or saved.get("format") != FORMAT:
-        raise StateError(f"this is not a KFAC state: found {keys}, expected what KFAC.state_dict() returns")
+        found = list(saved)[:8] if isinstance(saved, Mapping) else type(saved).__name__
+        raise StateError(f"this is not a KFAC state: found {found}, expected what KFAC.state_dict() returns")
     if saved.get("version") != VERSION:
         raise StateError(f"a KFAC state of version {saved.get('version')!r}; this library reads version {VERSION}")
     missing = {"step", "seed", "health", "layers"} - set(saved)
     if missing:
         raise StateError(f"a KFAC state without {sorted(missing)}: the file is incomplete")
+    if not isinstance(saved["layers"], Mapping):
+        raise StateError(f"a KFAC state whose layers are {type(saved['layers']).__name__}: the file is damaged")
 
 
 def _check_names(saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
-    missing, unexpected = sorted(layers.keys() - saved.keys()), sorted(saved.keys() - layers.keys())
+    missing, unexpected = sorted(layers.keys() - saved.keys()), sorted(map(str, saved.keys() - layers.keys()))
     if missing or unexpected:
         raise StateError(
             f"the state is of another model: layers missing in it {missing}, layers it has and the model has not "
@@ -122,12 +120,44 @@ def _check_names(saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
         )
 
 
-def _loaded_inverse(name: str, layer: Layer, entry: Mapping[str, Any]) -> Block:
-    for structure, keys in _STORED.items():
-        if entry.get("structure") == structure.__name__ and set(keys) <= set(entry):
-            sides = _placed(name, layer, {key: entry[key] for key in keys})
-            return structure(layer.layout, **sides, name=name)  # type: ignore[call-arg]
-    raise StateError(f"layer '{name}': an inverse of unknown structure {entry.get('structure')!r}")
+def _layer_entry(name: str, layer: Layer, entry: object) -> Mapping[str, Any]:
+    """One layer's part of a state, seen to be of this layer and whole."""
+    expected = {"shape": list(layer.layout.matrix_shape), "parameters": list(layer.layout.names)}
+    if not isinstance(entry, Mapping) or not {*expected, "average", "inverse"} <= set(entry):
+        found = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+        raise StateError(f"layer '{name}': found {found}, expected its shape, parameters, average and inverse")
+    differing = [key for key, value in expected.items() if entry[key] != value]
+    if differing:
+        raise StateError(
+            f"layer '{name}': the state has { ({key: entry[key] for key in differing}) }, the model "
+            f"{ ({key: expected[key] for key in differing}) }: load it into the model that was saved, with the same parts "
+            f"frozen"
+        )
+    return entry
+
+
+def _whole_average(name: str, entry: object) -> Mapping[str, Tensor]:
+    """An average with each factor beside its weight."""
+    found = set(entry) if isinstance(entry, Mapping) else {type(entry).__name__}
+    # A layer that was never used has a weight of G, and no G.
+    if not isinstance(entry, Mapping) or found not in _AVERAGES:
+        raise StateError(
+            f"layer '{name}': its average has {sorted(map(str, found))}, expected A, A_weight, G and G_weight"
+        )
+    return entry
+
+
+def _loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
+    if isinstance(entry, Mapping):
+        for structure, keys in _STORED.items():
+            if entry.get("structure") == structure.__name__ and set(keys) <= set(entry):
+                sides = _placed(name, layer, {key: entry[key] for key in keys})
+                return structure(layer.layout, **sides, name=name)  # type: ignore[call-arg]
+    found = entry.get("structure") if isinstance(entry, Mapping) else type(entry).__name__
+    raise StateError(
+        f"layer '{name}': an inverse of structure {found!r}, expected one of "
+        f"{[structure.__name__ for structure in _STORED]} with its tensors"
+    )
 
 
 def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,6 +178,6 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str,
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shapes[key]:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise StateError(f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}")
-        kind = tensor.dtype if key.endswith("_weight") else dtype
+        kind = count_dtype(device) if key.endswith("_weight") else dtype
         placed[key] = torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor)
     return placed

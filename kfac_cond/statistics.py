@@ -27,12 +27,12 @@ class LayerSums:
     Args:
         A: sum of a a^T over valid positions, [..., d_in, d_in].
         A_count: number of terms of that sum, 0-d.
-        G: sum of g g^T, averaged over label draws, [..., d_out, d_out]; None where no gradient came back.
+        G: sum of g g^T, averaged over label draws, [..., d_out, d_out].
     """
 
     A: Tensor
     A_count: Tensor
-    G: Tensor | None = None
+    G: Tensor
 
 
 @dataclass
@@ -80,19 +80,12 @@ class Statistics:
         def keep(x: Tensor) -> Tensor:
             return torch.where(self.finite.to(x.device), x, 0)
 
-        layers = {
-            name: LayerSums(keep(sums.A), keep(sums.A_count), None if sums.G is None else keep(sums.G))
-            for name, sums in self.layers.items()
-        }
+        layers = {name: LayerSums(keep(sums.A), keep(sums.A_count), keep(sums.G)) for name, sums in self.layers.items()}
         return Statistics(layers, keep(self.divisor), self.adds, self.examples, self.finite)
 
 
 def _added(mine: LayerSums, theirs: LayerSums) -> LayerSums:
-    if mine.G is None or theirs.G is None:
-        gradient = theirs.G if mine.G is None else mine.G
-    else:
-        gradient = mine.G.add_(theirs.G)
-    return LayerSums(mine.A.add_(theirs.A), mine.A_count + theirs.A_count, gradient)
+    return LayerSums(mine.A.add_(theirs.A), mine.A_count + theirs.A_count, mine.G.add_(theirs.G))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -103,7 +96,7 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 def check_finite(layers: Mapping[str, LayerSums]) -> tuple[Tensor, dict[str, Tensor]]:
     """Whether all sums are finite, and for each layer whether its own are not."""
-    bad = {name: ~all_finite([sums.A] if sums.G is None else [sums.A, sums.G]) for name, sums in layers.items()}
+    bad = {name: ~all_finite([sums.A, sums.G]) for name, sums in layers.items()}
     flags = list(bad.values())
     return ~torch.stack([flag.to(flags[0].device) for flag in flags]).any(), bad
 

@@ -41,7 +41,7 @@ def expanded_input_moment(a: Tensor, keep: Tensor | None, *, bias: bool) -> tupl
     if keep is None:
         rows = rearrange(a, "... n s d -> ... (n s) d")
         return second_moment(rows, ones=bias), _count(a, rows.shape[-2])
-    moment = second_moment(rearrange(a * keep, "... n s d -> ... (n s) d"), ones=bias)
+    moment = second_moment(rearrange(masked(a, keep), "... n s d -> ... (n s) d"), ones=bias)
     count = keep.sum()
     if bias:
         moment[..., -1, -1] = count.to(moment.dtype)
@@ -52,7 +52,7 @@ def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum of a over the valid positions of each example, [..., batch, d_in], and their number, [batch, 1]."""
     if keep is None:
         return a.sum(dim=-2), torch.full((a.shape[-3], 1), float(a.shape[-2]), dtype=a.dtype, device=a.device)
-    return (a * keep).sum(dim=-2), keep.sum(dim=-2).to(a.dtype)
+    return masked(a, keep).sum(dim=-2), keep.sum(dim=-2).to(a.dtype)
 
 
 def reduced_input_moment(sums: Tensor, counts: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
@@ -70,9 +70,9 @@ def reduced_input_moment(sums: Tensor, counts: Tensor, *, bias: bool) -> tuple[T
     return moment, present
 
 
-def masked(g: Tensor, keep: Tensor | None) -> Tensor:
-    """Output gradients with those at padded positions set to zero."""
-    return g if keep is None else g * keep
+def masked(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Activations or output gradients with those at padded positions set to zero, also where they are NaN."""
+    return x if keep is None else x.masked_fill(~keep, 0.0)
 
 
 def expanded_gradient_moment(g: Tensor) -> Tensor:

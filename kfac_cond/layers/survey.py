@@ -63,9 +63,7 @@ class Layer:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by canonical name, weight first."""
         found = {self.layout.weight: self.weight, self.layout.bias: self.bias}
-        return {
-            name: parameter for name, parameter in found.items() if name is not None and parameter is not None
-        }
+        return {name: parameter for name, parameter in found.items() if name is not None and parameter is not None}
 
     @property
     def weight(self) -> nn.Parameter:
@@ -205,18 +203,19 @@ def _layer(
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None:
         return "its weight is computed from other parameters (a parametrization)", _PLAIN
-    if settings[name].exclude:
+    sharers = uses[id(weight)][1]
+    if any(settings[use.owner].exclude for use in sharers):
         return "excluded by a rule", "remove the rule to cover it"
     if refusal := _refusal(weight):
         return refusal
-    sharers = uses[id(weight)][1]
     for use in sharers:
         if (
             use.attribute != "weight"
             or kind_of(use.module) is not kind
             or use.module._parameters.get("bias") is not bias
         ):
-            return f"its weight is also '{join(use.owner, use.attribute)}', which plays another role", _PLAIN
+            path = join(use.owner, use.attribute)
+            return f"its weight is also '{path}', which plays another role or has another bias", _PLAIN
     if bias is not None and len(uses[id(bias)][1]) != len(sharers):
         other = next(use for use in uses[id(bias)][1] if use.module is not module)
         return f"its bias is also '{join(other.owner, other.attribute)}', of a layer with another weight", _PLAIN

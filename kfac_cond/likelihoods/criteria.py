@@ -45,8 +45,12 @@ _REFUSED: dict[str, tuple[str, str]] = {
     ),
     "SoftMarginLoss": ("its labels are -1 and 1", "nn.BCEWithLogitsLoss with labels 0 and 1, which is the same loss"),
     "AdaptiveLogSoftmaxWithLoss": (
-        "its parameters are part of the loss",
-        "kc.Categorical() with its log_prob as outputs",
+        "it holds the last layer, and its outputs are not those of the model",
+        "kc.Categorical() and kfac.update(loss.log_prob(features))",
+    ),
+    "LinearCrossEntropyLoss": (
+        "it holds the last layer, and the logits are never seen",
+        "nn.CrossEntropyLoss after an nn.Linear that belongs to the model",
     ),
 }
 _MARGINS = [
@@ -58,13 +62,7 @@ _MARGINS = [
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
 ]
-_REFUSED |= {
-    name: (
-        "a margin or a distance is -log p of no distribution over labels",
-        f"{_CLASSES} for a p of your choice over the same outputs, in kfac.update(outputs)",
-    )
-    for name in _MARGINS
-}
+_REFUSED |= dict.fromkeys(_MARGINS, ("a margin or a distance is -log p of no distribution over labels", f"{_CLASSES} for a p of your choice over the same outputs, in kfac.update(outputs)"))
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.cross_entropy: "kc.Categorical()",
     F.nll_loss: "kc.Categorical()",

@@ -1,0 +1,66 @@
+"""Contexts that leave a model and the random state as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off on ``device``: inside it a product of float32 tensors would be done in half precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def kept_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Running statistics of norm layers as before afterwards.
+
+    A backward through activation checkpointing runs that part of the forward again, and would update them once more.
+    """
+    running = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats
+        for buffer in module.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in running]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(running, before, strict=True):
+            # Through .data: the graph that the user's own backward still needs has saved these buffers, and would refuse
+            # them after a change it sees.
+            buffer.data.copy_(value)
+
+
+@contextmanager
+def kept_state(model: nn.Module) -> Iterator[None]:
+    """Buffers of ``model`` and the global random state as before afterwards."""
+    held = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices} or {"cuda"}:
+            same = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=same, device_type=kind))
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in held:
+                _put_back(module, name, buffer, value)
+
+
+def _put_back(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
+    """The same tensor with the same values, whether it was changed in place or replaced."""
+    buffer.data.copy_(value)
+    module._buffers[name] = buffer

@@ -1,0 +1,181 @@
+"""From outputs that were heard of, or handed in, to the statistics that the step to come takes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture, gathered
+from .data import Data
+from .draws import Draws
+from .errors import CaptureError
+from .hooks import Owner
+from .layers.survey import Layer
+from .likelihoods import Likelihood, sampled_scores
+from .listening import Listener, bound_to_batch
+from .statistics import Statistics
+
+
+class Note(Protocol):
+    """Whoever keeps the flags of a capture."""
+
+    def __call__(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
+        """Add one capture's flags."""
+
+
+class Intake:
+    """Listens to a model and its loss, draws labels and gathers statistics until a step takes them.
+
+    Args:
+        model: the wrapped module.
+        likelihood: what p(y | outputs) is, or the criterion that the loop calls.
+        data: where to find what a forward does not say, and the seed.
+        owner: whose hooks these are.
+        due: whether outputs heard of at this moment are captured.
+        forward_due: the same, asked at a forward.
+        step: the count of steps, for the draws.
+        note: takes the flags of each capture.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str | nn.Module,
+        data: Data,
+        *,
+        owner: Owner,
+        due: Callable[[], bool],
+        forward_due: Callable[[], bool],
+        step: Callable[[], int],
+        note: Note,
+    ) -> None:
+        self.listener = Listener(likelihood, data, due=due, heard=self._hear)
+        self.draws = Draws(data.seed)
+        #: Whether ``update`` was called: from then on it is the only source.
+        self.explicit = False
+        self._model = model
+        self._data = data
+        self._owner = owner
+        self._due = due
+        self._forward_due = forward_due
+        self._step = step
+        self._note = note
+        self._capture: Capture | None = None
+        self._heard_alone = False
+        self._pending: Statistics | None = None
+
+    @property
+    def capture(self) -> Capture:
+        """The hooks on the model."""
+        assert self._capture is not None
+        return self._capture
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was gathered that no step has taken."""
+        return self._pending is not None
+
+    def watch(self, layers: Mapping[str, Layer]) -> None:
+        """Put hooks on these layers in place of those there were; what was gathered is let go."""
+        if self._capture is not None:
+            self._capture.remove()
+        self._pending = None
+        self._capture = Capture(
+            self._model,
+            layers,
+            due=self._forward_due,
+            owner=self._owner,
+            positions=self._data.pick_positions,
+            heard=self.listener.root,
+        )
+        self._capture.install()
+
+    def start(self) -> None:
+        """Listen to the criterion or the forward from now on, unless updates are explicit."""
+        if not self.explicit:
+            self.listener.start(self._owner)
+
+    def stop(self) -> None:
+        """Take all hooks off."""
+        self.capture.remove()
+        self.listener.stop()
+        self._pending = None
+
+    def restart(self, seed: int) -> None:
+        """Let go of what was gathered, and draw from ``seed``."""
+        self.draws = Draws(seed)
+        self._pending = None
+        self.capture.forget()
+
+    def take(self) -> Statistics | None:
+        """What was gathered since the last step that took something in, or None."""
+        taken, self._pending = self._pending, None
+        return taken
+
+    def update(self, outputs: Tensor, *, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
+        """Gather from one forward's outputs; see ``KFAC.update``."""
+        if self._due():
+            self._gather(outputs, targets, draws)
+        self.explicit = True
+        self.listener.stop()
+
+    def _gather(self, outputs: Tensor, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
+        bound = bound_to_batch(self.listener.likelihood, self._data, outputs, targets=targets)
+        if bound.needs_targets:
+            raise CaptureError(f"{bound!r} needs the data labels: call kfac.update(outputs, targets=labels)")
+        drawn = [draws] if isinstance(draws, Tensor) else draws
+        if not self.explicit:
+            # Labels drawn for what was heard on its own are let go with it, and the stream of this step starts anew: a
+            # resumed run, which hears its first forward as well, then draws what the uninterrupted one does.
+            self.draws = Draws(self.draws.seed)
+        if not (self._replace_heard(outputs, bound, drawn) or self._send(outputs, bound, drawn)):
+            raise CaptureError(
+                f"no captured forward of {type(self._model).__name__} computed these outputs (of shape "
+                f"{tuple(outputs.shape)}): pass the tensor that the model returned, with gradients enabled, once for "
+                f"each forward."
+            )
+
+    def _replace_heard(self, outputs: Tensor, bound: Likelihood, drawn: Sequence[Tensor] | None) -> bool:
+        """Gather from a forward that was heard on its own before; all that was heard so far is let go."""
+        return self._heard_alone and self._send(outputs, bound, drawn, again=True)
+
+    def _hear(self, outputs: Tensor, likelihood: Likelihood) -> None:
+        """Gather from outputs that the listener heard of; those of other models are ignored."""
+        likelihood.check(outputs)
+        if not self._send(outputs, likelihood, None, replaceable=True) and self.capture.came_from_spent(outputs):
+            raise CaptureError(
+                "the loss was called twice on one forward of the wrapped model: the library cannot know how the two "
+                "are weighted. Call kfac.update(outputs) once for the outputs that parametrise p."
+            )
+
+    def _send(
+        self,
+        outputs: Tensor,
+        likelihood: Likelihood,
+        draws: Sequence[Tensor] | None,
+        *,
+        again: bool = False,
+        replaceable: bool = False,
+    ) -> bool:
+        """Send scores back from ``outputs`` and keep the statistics; False where no forward of ours was reached."""
+        count = 1 if draws is None else len(draws)
+        generators = self.draws.generators(step=self._step(), count=count, device=outputs.device)
+        invalid = likelihood.invalid_targets(outputs)
+        for labels in draws or ():
+            invalid = invalid | likelihood.invalid_labels(outputs, labels)
+        scores = sampled_scores(likelihood, outputs, generators=generators, draws=draws)
+        statistics = gathered(
+            self.capture, outputs, likelihood, scores, invalid=invalid, again=again, replaceable=replaceable
+        )
+        if statistics is None:
+            return False
+        if again:
+            self._pending = None
+        self._heard_alone = replaceable
+        self._note(statistics, invalid_labels=invalid)
+        with torch.no_grad():
+            self._pending = statistics if self._pending is None else self._pending.merged(statistics)
+        return True
