@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test slow lint types docs clean
 
 demo: .venv/demo
-	$(BIN)/kfac-cond demo $(DEMO_ARGS)
+	$(BIN)/kfac-cond demo $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -10,7 +10,7 @@ from typing import Protocol
 from demo_tasks import OPTIMIZERS, Task
 from demo_training import Run
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 COLOURS = {"SGD": "#9a6a00", "Adam": "#2563ad", "SGD + K-FAC": "#c2352b"}
 
@@ -41,10 +41,10 @@ def display(out: Console, tasks: list[Task], *, seeds: int, steps: dict[str, int
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn("steps {task.fields[loss]}"),
-        TimeElapsedColumn(),
+        TextColumn("steps  {task.fields[losses]}"),
     )
-    with Progress(*columns, console=out, transient=True) as progress:
+    # Few refreshes: they run in a thread beside the training whose seconds are reported.
+    with Progress(*columns, console=out, transient=True, refresh_per_second=3) as progress:
         yield Bars(progress, tasks, seeds=seeds, steps=steps)
 
 
@@ -60,23 +60,19 @@ class Bars:
             for name in OPTIMIZERS:
                 text = f"{task.name:<12} [{COLOURS[name]}]{name:<12}[/]"
                 total = seeds * steps[task.name]
-                self._bars[task.name, name] = progress.add_task(text, total=total, loss="", start=False)
+                self._bars[task.name, name] = progress.add_task(text, total=total, losses="")
                 self._done[task.name, name] = 0
 
     def going(self, run: Run) -> None:
         """Move the bar."""
         key = (run.task, run.optimizer)
-        self._progress.start_task(self._bars[key])
-        step = self._done[key] * self._steps[run.task] + run.steps[-1]
-        loss = f"  train {run.train_loss[-1]:<9.4g} test {run.test_loss[-1]:<9.4g}"
-        self._progress.update(self._bars[key], completed=step, loss=loss)
+        completed = self._done[key] * self._steps[run.task] + run.steps[-1]
+        losses = f"train {run.train_loss[-1]:<9.4g} test {run.test_loss[-1]:<9.4g} {run.seconds[-1]:5.1f} s"
+        self._progress.update(self._bars[key], completed=completed, losses=losses)
 
     def finished(self, run: Run, *, done: int, total: int) -> None:
-        """Count a seed, and let the bar's clock rest."""
-        key = (run.task, run.optimizer)
-        self._done[key] += 1
-        if self._progress.tasks[self._bars[key]].finished:
-            self._progress.stop_task(self._bars[key])
+        """Count a seed."""
+        self._done[run.task, run.optimizer] += 1
 
 
 class Lines:

@@ -19,7 +19,7 @@ from demo_tasks import GRID, OPTIMIZERS, Settings, Task
 from demo_training import Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from rich.table import Table
 
 import kfac_cond as kc
@@ -225,7 +225,7 @@ def save_picture(path: Path, tasks: list[Task], runs: Runs) -> None:
         _draw(by_steps, runs[task.name], against="steps")
         _draw(by_seconds, runs[task.name], against="seconds")
         by_steps.set_title(task.title, loc="left", fontsize=11, fontweight="bold")
-        by_steps.set_ylabel("loss (nats per image)")
+        by_steps.set_ylabel("loss, nats per image")
         by_steps.set_xlabel("steps")
         by_seconds.set_xlabel("seconds of training, evaluation excluded")
     handles, labels = rows[0, 0].get_legend_handles_labels()
@@ -245,15 +245,23 @@ def _draw(axes: Axes, runs: Mapping[str, list[Run]], *, against: str) -> None:
     if runs.get("Adam"):
         target = mean(final(run.train_loss) for run in runs["Adam"])
         axes.axhline(target, color="#555555", linewidth=0.8, linestyle="--", label="Adam's final train loss")
-    _style(axes)
+    _style(axes, top=_top(runs))
 
 
-def _style(axes: Axes) -> None:
+def _top(runs: Mapping[str, list[Run]]) -> float | None:
+    """Where the axis ends: the fall of the very first steps, alike for all, would take most of the room."""
+    curves = (run.train_loss for several in runs.values() for run in several)
+    late = [loss for curve in curves for loss in curve[max(1, len(curve) // 40) :] if math.isfinite(loss)]
+    return 1.05 * max(late) if late else None
+
+
+def _style(axes: Axes, *, top: float | None) -> None:
     axes.set_yscale("log")
     axes.set_xlim(left=0)
+    axes.set_ylim(top=top)
     low, high = axes.get_ylim()
-    if high / low < 30:  # less than a decade or so: powers of ten alone would leave an axis without a number
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    if high / low < 30:  # powers of ten alone would leave such an axis without a number
+        axes.yaxis.set_major_locator(MaxNLocator(7) if high / low < 4 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)

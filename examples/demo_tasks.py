@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import torch
@@ -33,12 +32,12 @@ class Split:
     test: tuple[Tensor, Tensor]
 
 
-@cache
 def digits() -> tuple[Tensor, Tensor]:
     """1797 handwritten digits of 8x8 pixels that scikit-learn ships, in an order fixed once: (images, labels)."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2026))
-    return torch.tensor(images / 16.0, dtype=torch.float32)[order], torch.tensor(labels, dtype=torch.int64)[order]
+    pixels = torch.tensor(images / 16.0, dtype=torch.get_default_dtype())
+    return pixels[order], torch.tensor(labels, dtype=torch.int64)[order]
 
 
 def split(*, reconstruct: bool, tuning: bool = False) -> Split:
@@ -210,7 +209,7 @@ class Task:
         batch_size: examples a step.
         steps: of a run, by default.
         evaluate_every: steps between two evaluations on the full training and test sets.
-        settings: by optimizer.
+        settings: by optimizer, tuned for ``steps``.
     """
 
     name: str
@@ -225,11 +224,12 @@ class Task:
 
 OPTIMIZERS = ("SGD", "Adam", "SGD + K-FAC")
 
-#: Tried for each task by ``python examples/demo_tune.py``, twelve settings each; what is not named has its default.
+#: Tried for each task by ``python examples/demo_tune.py``, twelve settings each; what is not named has its default. The
+#: one with the lowest held-out loss is in TASKS. K-FAC's rate ends at 1, the whole step of the damped quadratic model.
 GRID: dict[str, tuple[Settings, ...]] = {
-    "SGD": tuple(SGD(lr, momentum) for lr in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2) for momentum in (0.9, 0.95)),
+    "SGD": tuple(SGD(lr, momentum) for lr in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3) for momentum in (0.9, 0.95)),
     "Adam": tuple(Adam(lr, beta2) for lr in (0.001, 0.003, 0.005, 0.01, 0.02, 0.03) for beta2 in (0.99, 0.999)),
-    "SGD + K-FAC": tuple(SGDWithKFAC(lr, damping) for lr in (0.1, 0.3, 1.0) for damping in (0.1, 0.3, 1.0, 3.0)),
+    "SGD + K-FAC": tuple(SGDWithKFAC(lr, damping) for lr in (0.1, 0.3, 1.0) for damping in (0.3, 1.0, 3.0, 10.0)),
 }
 
 TASKS = {
@@ -243,7 +243,7 @@ TASKS = {
             batch_size=256,
             steps=800,
             evaluate_every=10,
-            settings={"SGD": SGD(0.03), "Adam": Adam(0.005, beta2=0.99), "SGD + K-FAC": SGDWithKFAC(0.3, 1.0)},
+            settings={"SGD": SGD(0.03), "Adam": Adam(0.005, beta2=0.99), "SGD + K-FAC": SGDWithKFAC(1.0, 3.0)},
         ),
         Task(
             name="classifier",
@@ -253,7 +253,7 @@ TASKS = {
             batch_size=128,
             steps=300,
             evaluate_every=5,
-            settings={"SGD": SGD(0.1), "Adam": Adam(0.01), "SGD + K-FAC": SGDWithKFAC(0.1, 0.3)},
+            settings={"SGD": SGD(0.2), "Adam": Adam(0.01, beta2=0.99), "SGD + K-FAC": SGDWithKFAC(1.0, 1.0)},
         ),
     )
 }

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
-from .guards import kept_running_statistics, without_autocast
+from .guards import EagerForwards, kept_running_statistics, without_autocast
 from .hooks import Hook, Owner, in_backward
 from .layers.sharing import (
     expanded_gradient_moment,
@@ -119,6 +119,7 @@ class Capture:
         self._positions = positions
         self._heard = heard
         self._handles: list[RemovableHandle] = []
+        self._eager = EagerForwards(model)
 
     def install(self) -> None:
         """Put the hooks on; first among a module's hooks, to see outputs as the layer made them."""
@@ -132,6 +133,8 @@ class Capture:
             for module in dict.fromkeys(layer.modules):
                 call = hook(partial(self._layer, layer))
                 self._handles.append(module.register_forward_hook(call, with_kwargs=True, prepend=True))
+        if self._eager.needed:
+            self._handles.append(root.register_forward_hook(hook(self._eager.leave), always_call=True))
         if self._heard is not None:
             self._handles.append(root.register_forward_hook(hook(self._end), with_kwargs=True))
 
@@ -153,6 +156,7 @@ class Capture:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.listening():
+            self._eager.enter()
             del self.spent[:-MAX_SPENT]
             self._open(None if self._positions is None else self._positions(args, kwargs))
 
@@ -313,7 +317,8 @@ def gathered(
     """
     examples = likelihood.examples(outputs)
     pairs = (((score,), weight) for score, weight in scores)
-    sums = capture.send_back([outputs], pairs, examples=examples, again=again, replaceable=replaceable)
+    with without_autocast(outputs.device):
+        sums = capture.send_back([outputs], pairs, examples=examples, again=again, replaceable=replaceable)
     if sums is None:
         return None
     finite, nonfinite = check_finite(sums)
@@ -386,6 +391,6 @@ def _add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
 def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:
     if layer.sharing == "reduce" and mine.shape != theirs.shape:
         raise CaptureError(
-            f"layer '{layer.name}' with sharing='reduce' was used on {mine.shape[-2]} and on {theirs.shape[-2]} examples "
-            f"in one forward: use sharing='expand' for it."
+            f"layer '{layer.name}' with sharing='reduce' was used on {mine.shape[-2]} and on {theirs.shape[-2]} "
+            f"examples in one forward: use sharing='expand' for it."
         )

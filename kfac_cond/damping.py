@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -60,7 +61,7 @@ def as_damping(damping: Damping | float | Callable[[int], float]) -> Damping:
 
 
 def _checked(value: object, what: str) -> float:
-    if isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < float("inf"):
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf"):
         return float(value)
     raise ArgumentError(
         f"{what} = {value!r}: expected a finite number >= 0, a callable of the step, or kc.Damping(...)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -64,8 +64,8 @@ def estimate(
 ) -> Fisher:
     """The conditional Fisher of ``model`` over ``data``: inputs from the data, labels from the model.
 
-    The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the same
-    afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws).
+    The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the
+    same afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws).
 
     Args:
         model: any module.
@@ -104,9 +104,11 @@ def estimate(
     total: Statistics | None = None
     with single.listening():
         batches = data() if callable(data) else data
-        for number, batch in enumerate(tracked(batches, description="Fisher", show=options.progress)):
-            statistics = single.statistics(number, batch)
-            total = statistics if total is None else total.merged(statistics)
+        # Closed even after an exception, which would leave a progress bar on the terminal.
+        with closing(tracked(batches, description="Fisher", show=options.progress)) as shown:
+            for number, batch in enumerate(shown):
+                statistics = single.statistics(number, batch)
+                total = statistics if total is None else total.merged(statistics)
     if total is None:
         raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
     return single.fisher(total)
@@ -196,8 +198,8 @@ class _Pass:
         self.capture.forget()
         if found is None:
             raise CaptureError(
-                "the model's outputs do not depend on any layer that was captured: were they computed under no_grad, or "
-                "in a compiled model? Pass the plain module."
+                "the model's outputs do not depend on any layer that was captured: were they computed under no_grad, "
+                "or in a compiled model? Pass the plain module."
             )
         self._check_usable(number, found, invalid)
         return found

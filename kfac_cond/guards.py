@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,29 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+class EagerForwards:
+    """Runs compiled parts of a model as plain Python during some forwards: in compiled code inner hooks do not fire.
+
+    Args:
+        model: looked through once; without compiled parts nothing is ever done.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        #: Whether the model has compiled parts.
+        self.needed = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
+        self._entered: list[Any] = []
+
+    def enter(self) -> None:
+        """From now on, eagerly."""
+        if self.needed:
+            self._entered.append(torch.compiler.set_stance("force_eager"))
+
+    def leave(self, *_: object) -> None:
+        """As it was before the last ``enter``; a hook, called after an exception too."""
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)
 
 
 @contextmanager
@@ -34,8 +58,8 @@ def kept_running_statistics(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for buffer, value in zip(running, before, strict=True):
-            # Through .data: the graph that the user's own backward still needs has saved these buffers, and would refuse
-            # them after a change it sees.
+            # Through .data: the graph that the user's own backward still needs has saved these buffers, and would
+            # refuse them after a change that it sees.
             buffer.data.copy_(value)
 
 

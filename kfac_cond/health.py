@@ -20,6 +20,43 @@ logger = logging.getLogger("kfac_cond")
 _REMEDY = "look for NaN or infinite inputs, too high a learning rate, or fp16 overflow"
 
 
+class Flags:
+    """What captures said of themselves, counted on the device."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.counts: dict[str, Tensor] = {}
+
+    def note(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
+        """Add one capture's flags; nothing is read."""
+        self.captures += 1
+        self._count("captures", ~statistics.finite)
+        self._count("usable", statistics.finite & (statistics.divisor > 0))
+        self._count("labels", invalid_labels)
+        for name, flag in statistics.nonfinite.items():
+            self._count(f"layer {name}", flag)
+
+    def add(self, other: Flags) -> None:
+        """Add the flags of other captures."""
+        self.captures += other.captures
+        for key, count in other.counts.items():
+            self._count(key, count)
+
+    def _count(self, key: str, flag: Tensor) -> None:
+        before = self.counts.get(key)
+        self.counts[key] = flag.long() if before is None else before.to(flag.device) + flag
+
+    def read(self) -> Counter[str] | None:
+        """The counts on the host, in one transfer; None on the meta device, where there is nothing to read."""
+        if any(count.is_meta for count in self.counts.values()):
+            return None
+        if not self.counts:
+            return Counter()
+        device = next(iter(self.counts.values())).device
+        numbers = torch.stack([count.to(device) for count in self.counts.values()]).tolist()
+        return Counter(dict(zip(self.counts, numbers, strict=True)))
+
+
 class Health:
     """Counts of captures that were not usable and of factorisations that failed, by layer.
 
@@ -34,22 +71,12 @@ class Health:
         self.skipped_captures = 0
         self.barren_intervals = 0
         self.started = False
-        self._captures = 0
         self._rungs: dict[str, Rung] = {}
-        self._unread: dict[str, Tensor] = {}
+        self._unread = Flags()
 
-    def note(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
-        """Add one capture's flags; nothing is read."""
-        self._captures += 1
-        self._count("captures", ~statistics.finite)
-        self._count("usable", statistics.finite & (statistics.divisor > 0))
-        self._count("labels", invalid_labels)
-        for name, flag in statistics.nonfinite.items():
-            self._count(f"layer {name}", flag)
-
-    def _count(self, key: str, flag: Tensor) -> None:
-        before = self._unread.get(key)
-        self._unread[key] = flag.long() if before is None else before.to(flag.device) + flag
+    def add(self, flags: Flags) -> None:
+        """Take in the flags of the captures that a step took; nothing is read."""
+        self._unread.add(flags)
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
         """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""
@@ -65,8 +92,8 @@ class Health:
             "barren_intervals": self.barren_intervals,
             "started": self.started,
             "failures": dict(self.failures),
-            "captures": self._captures,
-            "unread": {key: 0 if count.is_meta else int(count.item()) for key, count in self._unread.items()},
+            "captures": self._unread.captures,
+            "unread": dict(self._unread.read() or {}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -79,8 +106,8 @@ class Health:
         self.barren_intervals = int(state["barren_intervals"])
         self.started = bool(state["started"])
         self.failures.update({name: int(state["failures"][name]) for name in self.failures})
-        self._captures = int(state["captures"])
-        self._unread = {str(key): torch.tensor(int(count)) for key, count in state["unread"].items()}
+        self._unread.captures = int(state["captures"])
+        self._unread.counts = {str(key): torch.tensor(int(count)) for key, count in state["unread"].items()}
 
     def read(self, *, first: bool) -> bool:
         """Read the flags, once per refresh; warn by name, or raise where the run should not go on.
@@ -95,16 +122,13 @@ class Health:
             LikelihoodError: labels out of range.
             NumericalError: nothing usable to start from, or none for ``patience`` intervals.
         """
-        captures, self._captures = self._captures, 0
-        unread, self._unread = self._unread, {}
-        if not unread:
-            return self.started
-        if any(count.is_meta for count in unread.values()):
+        unread, self._unread = self._unread, Flags()
+        captures, counts = unread.captures, unread.read()
+        if counts is None:
             self.started = True
             return True
-        device = next(iter(unread.values())).device
-        numbers = torch.stack([count.to(device) for count in unread.values()]).tolist()
-        counts = Counter(dict(zip(unread, numbers, strict=True)))
+        if not captures:
+            return self.started
         if counts["labels"]:
             raise LikelihoodError(
                 f"{counts['labels']} of the last {captures} captures had labels out of the likelihood's range; their "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +11,12 @@ from .capture import Capture, gathered
 from .data import Data
 from .draws import Draws
 from .errors import CaptureError
+from .health import Flags
 from .hooks import Owner
 from .layers.survey import Layer
 from .likelihoods import Likelihood, sampled_scores
 from .listening import Listener, bound_to_batch
 from .statistics import Statistics
-
-
-class Note(Protocol):
-    """Whoever keeps the flags of a capture."""
-
-    def __call__(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
-        """Add one capture's flags."""
 
 
 class Intake:
@@ -37,7 +30,6 @@ class Intake:
         due: whether outputs heard of at this moment are captured.
         forward_due: the same, asked at a forward.
         step: the count of steps, for the draws.
-        note: takes the flags of each capture.
     """
 
     def __init__(
@@ -50,7 +42,6 @@ class Intake:
         due: Callable[[], bool],
         forward_due: Callable[[], bool],
         step: Callable[[], int],
-        note: Note,
     ) -> None:
         self.listener = Listener(likelihood, data, due=due, heard=self._hear)
         self.draws = Draws(data.seed)
@@ -62,10 +53,10 @@ class Intake:
         self._due = due
         self._forward_due = forward_due
         self._step = step
-        self._note = note
         self._capture: Capture | None = None
         self._heard_alone = False
         self._pending: Statistics | None = None
+        self._flags = Flags()
 
     @property
     def capture(self) -> Capture:
@@ -82,7 +73,7 @@ class Intake:
         """Put hooks on these layers in place of those there were; what was gathered is let go."""
         if self._capture is not None:
             self._capture.remove()
-        self._pending = None
+        self._drop()
         self._capture = Capture(
             self._model,
             layers,
@@ -102,18 +93,22 @@ class Intake:
         """Take all hooks off."""
         self.capture.remove()
         self.listener.stop()
-        self._pending = None
+        self._drop()
 
     def restart(self, seed: int) -> None:
         """Let go of what was gathered, and draw from ``seed``."""
         self.draws = Draws(seed)
-        self._pending = None
+        self._drop()
         self.capture.forget()
 
-    def take(self) -> Statistics | None:
-        """What was gathered since the last step that took something in, or None."""
-        taken, self._pending = self._pending, None
+    def take(self) -> tuple[Statistics, Flags] | None:
+        """What was gathered since the last step that took something in, with its flags; or None."""
+        taken = None if self._pending is None else (self._pending, self._flags)
+        self._drop()
         return taken
+
+    def _drop(self) -> None:
+        self._pending, self._flags = None, Flags()
 
     def update(self, outputs: Tensor, *, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
         """Gather from one forward's outputs; see ``KFAC.update``."""
@@ -173,9 +168,9 @@ class Intake:
         if statistics is None:
             return False
         if again:
-            self._pending = None
+            self._drop()
         self._heard_alone = replaceable
-        self._note(statistics, invalid_labels=invalid)
+        self._flags.note(statistics, invalid_labels=invalid)
         with torch.no_grad():
             self._pending = statistics if self._pending is None else self._pending.merged(statistics)
         return True

@@ -107,7 +107,6 @@ class KFAC:
             due=self._due,
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
-            note=lambda statistics, *, invalid_labels: self._health.note(statistics, invalid_labels=invalid_labels),
         )
         self._intake.watch(self.layers)
 
@@ -156,7 +155,7 @@ class KFAC:
         return Fisher(self._blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
-        table, step, missing = self.coverage(), self._clock.at_most, self._named_missing
+        table, step = self.coverage(), self._clock.at_most
         listener, number = self._intake.listener, len(self._attachments)
         mode = f"attached to {number} optimizer{'s' * (number != 1)}" if number else "not attached to an optimizer"
         lines = (
@@ -166,8 +165,8 @@ class KFAC:
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
             f"{self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
-            f"factors of {len(self._average.ready)}, inverses of {len(self._inverses)} of {len(self.layers)} layers"
-            f"{', some never fired' * missing}; {self._health.skipped_captures} captures left out",
+            f"factors of {len(self._average.ready)}, inverses of {len(self._inverses)} of {len(self.layers)} layers; "
+            f"{self._health.skipped_captures} captures left out",
         )
         return "\n  ".join(lines)
 
@@ -184,7 +183,9 @@ class KFAC:
         """Listen from now on, and precondition at each step of these optimizers. Attaching twice changes nothing.
 
         Order within a step: unscale (GradScaler), clip, precondition, the optimizer's own step. A closure's
-        gradients are preconditioned after each of its evaluations.
+        gradients are preconditioned after each of its evaluations. Several optimizers that step between two forwards
+        make one step; a trust region bounds the part of each by itself. A batch whose step a GradScaler skips changes
+        nothing; what was captured of it counts with the next one's, at the same parameters.
 
         Raises:
             AttachError: not a torch optimizer, one without covered parameters, or one that steps inside backward.
@@ -335,9 +336,12 @@ class KFAC:
 
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
+        decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         captured = self._intake.take()
         if captured is not None:
-            self._average.update(captured, decay=self.schedule.decay_at(self._clock.at_most))
+            statistics, flags = captured
+            self._health.add(flags)
+            self._average.update(statistics, decay=decay)
             self._name_missing()
         elif self._factors_due() and not (self._intake.explicit and self._average.ready):
             raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def tracked(items: Iterable[T], *, description: str, show: bool | None) -> Iterator[T]:
+def tracked(items: Iterable[T], *, description: str, show: bool | None) -> Generator[T, None, None]:
     """Iterate with a bar, rate and time left on standard error.
 
     Args:
@@ -30,12 +30,15 @@ def tracked(items: Iterable[T], *, description: str, show: bool | None) -> Itera
             yield from items
             return
         raise ImportError("a progress bar needs rich: pip install rich, or pass progress=False") from error
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=_length(items))
+    console, rate = Console(stderr=True), TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    # On a terminal it goes away; in a log file one line stays.
+    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
+        task = progress.add_task(description, total=_length(items), rate="")
         for item in items:
             yield item
-            progress.advance(task)
+            speed = progress.tasks[0].speed
+            progress.update(task, advance=1, rate="" if speed is None else f"{speed:.3g}/s")
 
 
 def _length(items: object) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Schedule:
                     f"Schedule({name}={value!r}): expected a number of steps >= 1, a callable of the step, or None for "
                     f"never"
                 )
-        if not callable(self.decay) and not 0 <= self.decay < 1:
+        if not callable(self.decay) and not _is_share(self.decay):
             raise ArgumentError(
                 f"Schedule(decay={self.decay!r}): expected a number in [0, 1), or a callable of the step"
             )
@@ -69,7 +70,7 @@ class Schedule:
     def decay_at(self, step: int) -> float:
         """rho at ``step``."""
         decay = self.decay(step) if callable(self.decay) else self.decay
-        if not 0 <= decay < 1:
+        if not _is_share(decay):
             raise ArgumentError(f"Schedule.decay gave {decay!r} at step {step}: expected a number in [0, 1)")
         return decay
 
@@ -79,7 +80,7 @@ class Clock:
 
     A fused optimizer under a gradient scaler decides on the device whether its step counts. Such steps are counted
     here and taken back when the count is settled, which is done only where something may be due: the count is never
-    too low, so nothing due is missed.
+    too low, so nothing due is missed. A step at which something is due must be known to count before it is counted.
 
     Args:
         schedule: what is due when.
@@ -125,8 +126,12 @@ class Clock:
         self._factors_due, self.taken_in = None, False
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1
+
+
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _due(when: When, step: int) -> bool:

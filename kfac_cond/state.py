@@ -124,14 +124,14 @@ def _layer_entry(name: str, layer: Layer, entry: object) -> Mapping[str, Any]:
     """One layer's part of a state, seen to be of this layer and whole."""
     expected = {"shape": list(layer.layout.matrix_shape), "parameters": list(layer.layout.names)}
     if not isinstance(entry, Mapping) or not {*expected, "average", "inverse"} <= set(entry):
-        found = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-        raise StateError(f"layer '{name}': found {found}, expected its shape, parameters, average and inverse")
-    differing = [key for key, value in expected.items() if entry[key] != value]
+        keys = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+        raise StateError(f"layer '{name}': found {keys}, expected its shape, parameters, average and inverse")
+    differing = {key: value for key, value in expected.items() if entry[key] != value}
     if differing:
+        found = {key: entry[key] for key in differing}
         raise StateError(
-            f"layer '{name}': the state has { ({key: entry[key] for key in differing}) }, the model "
-            f"{ ({key: expected[key] for key in differing}) }: load it into the model that was saved, with the same parts "
-            f"frozen"
+            f"layer '{name}': the state has {found}, the model {differing}: load it into the model that was saved, "
+            f"with the same parts frozen"
         )
     return entry
 

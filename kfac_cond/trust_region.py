@@ -59,7 +59,8 @@ class KLClip:
         """nu, 0-d."""
         total: Tensor | None = None
         for one in updates:
-            product = (one.update * one.gradient).sum() * one.rate**2
+            # A rate may be a tensor of one entry and any shape.
+            product = ((one.update * one.gradient).sum() * one.rate**2).reshape(())
             total = product if total is None else total + product.to(total.device)
         if total is None:
             return torch.ones(())

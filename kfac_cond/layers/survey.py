@@ -83,7 +83,8 @@ class Layer:
         if now != then:
             raise ModelChangedError(
                 f"layer '{self.name}' is no longer what was wrapped: found (shape, weight trainable, bias trainable) = "
-                f"{now}, expected {then}. Call kfac.refresh() after changing or freezing layers; it keeps what still fits."
+                f"{now}, expected {then}. Call kfac.refresh() after changing or freezing layers; it keeps what still "
+                f"fits."
             )
 
 
@@ -146,7 +147,8 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
             layers[found.name] = found
             taken.update(id(sharer) for sharer in found.modules)
         else:
-            refused.update({id(p): found for p in module._parameters.values() if p is not None})
+            for parameter in module._parameters.values():
+                refused.setdefault(id(parameter), found)
     covered = {id(p): layer for layer in layers.values() for p in layer.parameters.values()}
     rows = tuple(
         _row(parameter, places, covered.get(key), refused.get(key))

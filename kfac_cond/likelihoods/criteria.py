@@ -62,7 +62,13 @@ _MARGINS = [
     "TripletMarginLoss",
     "TripletMarginWithDistanceLoss",
 ]
-_REFUSED |= dict.fromkeys(_MARGINS, ("a margin or a distance is -log p of no distribution over labels", f"{_CLASSES} for a p of your choice over the same outputs, in kfac.update(outputs)"))
+_REFUSED |= dict.fromkeys(
+    _MARGINS,
+    (
+        "a margin or a distance is -log p of no distribution over labels",
+        f"{_CLASSES} for a p of your choice over the same outputs, in kfac.update(outputs)",
+    ),
+)
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.cross_entropy: "kc.Categorical()",
     F.nll_loss: "kc.Categorical()",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
 from ..linalg.inverse import damped_inverses
-from ..linalg.ladder import Rung
+from ..linalg.ladder import Rung, read_status
 from .base import Block, Rule
 from .eigen import EigenBlock
 from .kronecker import KroneckerBlock
@@ -46,23 +46,25 @@ def _factored(
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
     matrices: list[Tensor] = []
     added: list[Tensor] = []
-    before: list[Tensor | None] = []
     for name, block in blocks.items():
-        last = previous.get(name)
         matrices += [block.A, block.G]
         added += factored_damping(block.A, block.G, dampings[name])
-        before += [last.A, last.G] if isinstance(last, KroneckerBlock) else [None, None]
-    inverses, rungs = damped_inverses(matrices, added, before)
+    inverses, rungs = damped_inverses(matrices, added, [None] * len(matrices))
     ended = _higher(blocks, rungs)
     found: dict[str, Block] = {}
     for index, (name, block) in enumerate(blocks.items()):
-        last = previous.get(name)
-        if ended[name] == Rung.PREVIOUS and isinstance(last, KroneckerBlock):
+        if ended[name] >= Rung.PREVIOUS and name in previous:
             # Whole: a fresh side beside an old one would be split by another pi.
-            found[name] = last
+            found[name], ended[name] = previous[name], Rung.PREVIOUS
+        elif ended[name] >= Rung.PREVIOUS:
+            found[name] = replace(block, A=_identity_like(block.A), G=_identity_like(block.G))
         else:
             found[name] = replace(block, A=inverses[2 * index], G=inverses[2 * index + 1])
     return found, ended
+
+
+def _identity_like(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape).contiguous()
 
 
 def _exact(
@@ -70,27 +72,35 @@ def _exact(
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
     bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in (block.A, block.G)])
     ended = _higher(blocks, rungs)
+    pairs = dict(zip(blocks, zip(bases[::2], bases[1::2], strict=True), strict=True))
+    damped = {name: _damped_values(*pair, dampings[name]) for name, pair in pairs.items()}
+    raised = read_status([flag.reshape(1) for _, flag in damped.values()])
     found: dict[str, Block] = {}
-    for index, (name, block) in enumerate(blocks.items()):
-        last = previous.get(name)
-        failed = ended[name] >= Rung.PREVIOUS
-        if failed and isinstance(last, EigenBlock):
-            found[name], ended[name] = last, Rung.PREVIOUS
+    for (name, block), more in zip(blocks.items(), raised, strict=True):
+        (_, basis_A), (_, basis_G) = pairs[name]
+        inverse = EigenBlock(block.layout, basis_A, basis_G, damped[name][0].reciprocal(), block.name)
+        if ended[name] < Rung.PREVIOUS:
+            found[name] = inverse
+            ended[name] = max(ended[name], Rung.MORE_DAMPING) if more else ended[name]
+        elif name in previous:
+            found[name], ended[name] = previous[name], Rung.PREVIOUS
         else:
             # Without a previous inverse the identity: values of one, whatever the basis.
-            inverse = _exact_inverse(block, bases[2 * index], bases[2 * index + 1], dampings[name])
-            found[name] = replace(inverse, values=torch.ones_like(inverse.values)) if failed else inverse
+            found[name] = replace(inverse, values=torch.ones_like(inverse.values))
     return found, ended
 
 
-def _exact_inverse(block: KroneckerBlock, of_A: Eigenbasis, of_G: Eigenbasis, damping: Tensor) -> EigenBlock:
-    """(G (x) A + damping I)^-1 in the eigenbasis."""
+def _damped_values(of_A: Eigenbasis, of_G: Eigenbasis, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of G (x) A + damping I, and a 0-d flag: some had to be raised beyond the damping asked for."""
     values = einsum(of_G[0], of_A[0], "... o, ... i -> ... o i")
-    # With no damping an eigenvalue that is zero but for round-off must not become an infinite step.
-    round_off = values.amax(dim=(-2, -1), keepdim=True) * torch.finfo(values.dtype).eps
-    damped = torch.maximum(values + damping[..., None, None], round_off)
-    # A block that is all zero has no scale of its own: left as it is.
-    return EigenBlock(block.layout, of_A[1], of_G[1], torch.where(damped > 0, damped, 1).reciprocal(), block.name)
+    # With no damping an eigenvalue that is zero but for round-off must not become an infinite step. A block that is
+    # all zero has no scale of its own: one leaves its gradient as it is.
+    largest = values.amax(dim=(-2, -1), keepdim=True)
+    round_off = largest * (torch.finfo(values.dtype).eps * max(values.shape[-2:]))
+    least = torch.where(round_off > 0, round_off, 1)
+    asked = values + damping[..., None, None]
+    usable = asked > round_off
+    return torch.where(usable, asked, least), ~usable.all()
 
 
 def _higher(blocks: Mapping[str, KroneckerBlock], rungs: list[Rung]) -> dict[str, Rung]:

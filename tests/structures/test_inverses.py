@@ -54,12 +54,13 @@ def test_a_layer_that_fails_keeps_its_previous_inverse(blocks: Any, dampings: An
     assert [name for name, rung in rungs.items() if rung == Rung.PREVIOUS] == ["linear"]
 
 
+@pytest.mark.parametrize("factor", [1.0, torch.nan], ids=["A", "both"])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_identity_stands_in_where_nothing_went_before(blocks: Any, dampings: Any, rule: Any) -> None:
+def test_the_identity_stands_in_where_nothing_went_before(blocks: Any, dampings: Any, rule: Any, factor: float) -> None:
     block = blocks["linear"]
-    blocks["linear"] = KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G * torch.nan)
+    blocks["linear"] = KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G * factor)
     inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous={})
-    assert torch.equal(inverses["linear"].to_dense(), torch.eye(15, dtype=torch.float64))
+    torch.testing.assert_close(inverses["linear"].to_dense(), torch.eye(15, dtype=torch.float64), **close)
     assert rungs["linear"] == Rung.IDENTITY
 
 
@@ -78,3 +79,41 @@ def test_the_exact_rule_without_damping_gives_no_infinite_inverse(kronecker, lay
         {"fc": singular}, {"fc": torch.tensor(0.0, dtype=torch.float64)}, rule="exact", previous={}
     )
     assert torch.isfinite(inverses["fc"].to_dense()).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_singular_factors_without_damping_climb(kronecker, layouts: Any, rule: Any) -> None:
+    block = kronecker(layouts["linear"])
+    singular = KroneckerBlock(block.layout, A=torch.ones(5, 5), G=block.G)
+    _, rungs = damped_inverses_of({"fc": singular}, {"fc": torch.tensor(0.0)}, rule=rule, previous={})
+    assert rungs["fc"] > Rung.FIRST
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_block_that_is_zero_leaves_the_gradient_without_damping(kronecker, layouts: Any, rule: Any) -> None:
+    block = kronecker(layouts["linear"])
+    zero = KroneckerBlock(block.layout, A=0 * block.A, G=0 * block.G)
+    inverses, rungs = damped_inverses_of({"fc": zero}, {"fc": torch.tensor(0.0)}, rule=rule, previous={})
+    assert torch.equal(inverses["fc"].to_dense(), torch.eye(15))
+    assert rungs["fc"] > Rung.FIRST
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_damping_alone_inverts_a_block_that_is_zero(kronecker, layouts: Any, rule: Any) -> None:
+    block = kronecker(layouts["linear"])
+    zero = KroneckerBlock(block.layout, A=0 * block.A, G=0 * block.G)
+    inverses, rungs = damped_inverses_of({"fc": zero}, {"fc": torch.tensor(0.25)}, rule=rule, previous={})
+    torch.testing.assert_close(inverses["fc"].to_dense(), 4 * torch.eye(15), **close)
+    assert rungs["fc"] == Rung.FIRST
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_inverse_of_the_other_rule_stands_in_as_well(blocks: Any, dampings: Any, rule: Any) -> None:
+    other = next(one for one in RULES if one != rule)
+    previous, _ = damped_inverses_of(blocks, dampings, rule=other, previous={})
+    blocks["linear"] = KroneckerBlock(
+        blocks["linear"].layout, A=blocks["linear"].A * torch.nan, G=blocks["linear"].G * torch.nan
+    )
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous=previous)
+    assert inverses["linear"] is previous["linear"]
+    assert rungs["linear"] == Rung.PREVIOUS

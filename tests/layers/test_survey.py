@@ -1,0 +1,120 @@
+"""What a model is found to be made of, and the rules that choose among it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kfac_cond as kc
+from kfac_cond.layers.survey import survey
+
+from ..helpers import classifier
+
+
+def tied(*, bias: bool = True, share_bias: bool = True) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 3, bias=bias), nn.Linear(3, 3, bias=bias))
+    model[1].weight = model[0].weight
+    if share_bias:
+        model[1].bias = model[0].bias
+    return model
+
+
+def reasons(model: nn.Module, **settings: Any) -> dict[str, str]:
+    return {row.path: row.reason for row in survey(model, **settings).rows if not row.covered}
+
+
+def test_layers_come_in_the_order_of_the_model():
+    assert list(survey(nn.Sequential(classifier(), nn.Linear(3, 3))).layers) == ["0.0", "0.2", "1"]
+
+
+def test_a_bare_layer_is_a_model():
+    assert list(survey(nn.Linear(3, 3)).layers) == [""]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_tied_layers_are_one(bias):
+    model = tied(bias=bias)
+    (layer,) = survey(model).layers.values()
+    assert layer.modules == (model[0], model[1])
+
+
+def test_a_module_held_twice_is_one_layer_with_one_module():
+    layer = nn.Linear(3, 3)
+    (found,) = survey(nn.Sequential(layer, nn.ReLU(), layer)).layers.values()
+    assert (found.name, found.modules) == ("0", (layer,))
+
+
+def test_a_tied_weight_with_different_biases_is_not_covered():
+    found = reasons(tied(share_bias=False))
+    assert "another bias" in found["0.weight"]
+    assert set(found) == {"0.weight", "0.bias", "1.bias"}
+
+
+def test_a_bias_of_two_weights_is_not_covered():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    assert "'1.bias', of a layer with another weight" in reasons(model)["0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy"),
+        (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))), "parametrization"),
+        (lambda: nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)), "torch.complex64"),
+    ],
+)
+def test_a_weight_of_another_storage_is_named(change, reason):
+    model = change()
+    assert not survey(model).layers
+    assert any(reason in text for text in reasons(model).values())
+
+
+def test_of_two_matching_rules_the_later_wins_key_by_key():
+    rules = {"*": {"sharing": "reduce", "damping": 0.1}, "2": {"damping": 0.2}}
+    layers = survey(classifier(), rules).layers
+    assert [(layer.sharing, layer.rule.damping) for layer in layers.values()] == [("reduce", 0.1), ("reduce", 0.2)]
+
+
+@pytest.mark.parametrize("pattern", ["0", "1", "*"])
+def test_a_rule_on_either_name_excludes_a_tied_layer(pattern):
+    assert not survey(tied(), {pattern: {"exclude": True}}).layers
+
+
+@pytest.mark.parametrize(
+    ("rules", "match"),
+    [
+        ({"head": {}}, "'head' matches no module with parameters. The modules are: 0, 2"),
+        ({"0": {"shraing": "reduce"}}, r"unknown setting \['shraing'\]"),
+        ({"0": {"sharing": "both"}}, "sharing='both'"),
+        ({"0": {"damping": -1.0}}, r"damping=-1\.0"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(rules, match):
+    with pytest.raises(kc.ArgumentError, match=match):
+        survey(classifier(), rules)
+
+
+def frozen(model: nn.Module) -> None:
+    model[0].bias.requires_grad_(False)
+
+
+def resized(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(4, 9))
+
+
+def without_bias(model: nn.Module) -> None:
+    model[0].bias = None
+
+
+@pytest.mark.parametrize("change", [frozen, resized, without_bias])
+def test_a_layer_that_changed_is_named_with_the_remedy(change):
+    model = classifier()
+    layer = survey(model).layers["0"]
+    layer.check_unchanged()
+    change(model)
+    with pytest.raises(kc.ModelChangedError, match=r"layer '0' .*kfac\.refresh\(\)"):
+        layer.check_unchanged()

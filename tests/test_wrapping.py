@@ -1,0 +1,198 @@
+"""What wrapping leaves untouched, which models it refuses, and models beside each other."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfac_cond as kc
+
+from .training import (
+    EVERY_STEP,
+    backward_of,
+    batches,
+    network,
+    noisy_network,
+    parameters_of,
+    train,
+)
+
+# -- bitwise plain --------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("likelihood", [nn.CrossEntropyLoss(), "categorical"], ids=["criterion", "forward"])
+def test_attached_but_never_due_is_bitwise_plain(name, likelihood):
+    model = noisy_network()
+    plain = copy.deepcopy(model)
+    criterion = likelihood if isinstance(likelihood, nn.Module) else nn.CrossEntropyLoss()
+    torch.manual_seed(3)
+    train(plain, nn.CrossEntropyLoss(), OPTIMIZERS[name](plain.parameters()), batches(5))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    kc.KFAC(model, likelihood, schedule=kc.Schedule(factors=None, inverses=None)).attach(optimizer)
+    torch.manual_seed(3)
+    train(model, criterion, optimizer, batches(5))
+    left = [key for key, tensor in plain.state_dict().items() if not torch.equal(tensor, model.state_dict()[key])]
+    assert left == []
+
+
+def test_within_paused_training_is_bitwise_plain():
+    model = noisy_network()
+    plain = copy.deepcopy(model)
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, criterion)
+    kfac.attach(optimizer)
+    torch.manual_seed(3)
+    with kfac.paused():
+        train(model, criterion, optimizer, batches(3))
+    torch.manual_seed(3)
+    train(plain, criterion, torch.optim.SGD(plain.parameters(), lr=0.1), batches(3))
+    assert torch.equal(parameters_of(model), parameters_of(plain))
+    assert kfac.step == 0
+
+
+def test_precondition_within_paused_does_nothing():
+    model, (inputs, labels) = network(), batches(1)[0]
+    kfac = kc.KFAC(model, "categorical")
+    plain = backward_of(kfac, model, inputs, labels)
+    with kfac.paused():
+        kfac.precondition()
+    assert torch.equal(model[0].weight.grad, plain["0.weight"])
+    assert kfac.step == 0
+
+
+def test_validation_without_gradients_uses_up_no_due_step():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, criterion, schedule=kc.Schedule(factors=5, inverses=5))
+    kfac.attach(optimizer)
+    with torch.no_grad():
+        criterion(model(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long))
+    train(model, criterion, optimizer, batches(1))
+    assert len(kfac.fisher()) == 2
+
+
+# -- wrapping -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_wrapping_is_refused():
+    model = network()
+    kc.KFAC(model, "categorical")
+    with pytest.raises(kc.AttachError, match="already wrapped"):
+        kc.KFAC(model, "categorical")
+
+
+def test_a_part_of_a_wrapped_model_is_refused():
+    model = network()
+    kc.KFAC(model, "categorical")
+    with pytest.raises(kc.AttachError, match="already wrapped"):
+        kc.KFAC(model[0], "categorical")
+
+
+def test_after_remove_the_model_can_be_wrapped_anew():
+    model = network()
+    kc.KFAC(model, "categorical").remove()
+    assert kc.KFAC(model, "categorical").step == 0
+
+
+@pytest.mark.parametrize("attribute", ["_forward_hooks", "_forward_pre_hooks"])
+def test_remove_leaves_no_hook(attribute):
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, criterion)
+    kfac.attach(optimizer)
+    train(model, criterion, optimizer, batches(1))
+    kfac.remove()
+    assert not any(getattr(module, attribute) for module in [*model.modules(), criterion])
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(nn.BatchNorm1d(3), "weight: no Kronecker form"), (nn.ReLU(), "no trainable parameter")],
+    ids=["uncovered", "empty"],
+)
+def test_a_model_without_a_covered_layer_is_refused(model, reason):
+    with pytest.raises(kc.CoverageError, match=reason):
+        kc.KFAC(model, "categorical")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"structure": "shampoo"}, {"damping": -1.0}, {"rules": {"nowhere": {}}}, {"damping": float("nan")}],
+    ids=["structure", "damping", "rules", "nan"],
+)
+def test_a_refused_argument_leaves_no_hook(arguments):
+    model = network()
+    with pytest.raises(kc.ArgumentError):
+        kc.KFAC(model, "categorical", **arguments)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_never_fires_is_named_after_the_first_step(caplog):
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, criterion = Partly(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kc.KFAC(model, criterion, schedule=EVERY_STEP).attach(optimizer)
+    with caplog.at_level(logging.WARNING, "kfac_cond"):
+        train(model, criterion, optimizer, batches(3))
+    assert [record.getMessage().count("unused") for record in caplog.records] == [1]
+
+
+# -- two models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gan_with_two_preconditioners_trains():
+    generator, discriminator = (
+        nn.Sequential(nn.Linear(2, 3)),
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+    )
+    criterion = nn.BCEWithLogitsLoss()
+    steps = {model: torch.optim.SGD(model.parameters(), lr=0.05) for model in (generator, discriminator)}
+    kfacs = {model: kc.KFAC(model, criterion, damping=0.1, schedule=EVERY_STEP) for model in steps}
+    for model, optimizer in steps.items():
+        kfacs[model].attach(optimizer)
+    for inputs, _ in batches(3):
+        noise = torch.randn(8, 2)
+        steps[discriminator].zero_grad()
+        real, fake = discriminator(inputs), discriminator(generator(noise).detach())
+        (criterion(real, torch.ones(8, 1)) + criterion(fake, torch.zeros(8, 1))).backward()
+        steps[discriminator].step()
+        steps[generator].zero_grad()
+        criterion(discriminator(generator(noise)), torch.ones(8, 1)).backward()
+        steps[generator].step()
+    assert [kfacs[model].step for model in steps] == [3, 3]
+
+
+def test_a_teacher_s_calls_are_ignored():
+    student, teacher, criterion = network(), network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    kfac = kc.KFAC(student, criterion, schedule=EVERY_STEP, data=kc.Data(seed=2))
+    kfac.attach(optimizer)
+    alone = copy.deepcopy(student)
+    other = kc.KFAC(alone, "categorical", schedule=EVERY_STEP, data=kc.Data(seed=2))
+    inputs, labels = batches(1)[0]
+    criterion(teacher(inputs), labels)
+    criterion(student(inputs), labels).backward()
+    criterion(teacher(inputs), labels)
+    optimizer.step()
+    backward_of(other, alone, inputs, labels)
+    other.precondition()
+    assert torch.equal(kfac.fisher()["0"].G, other.fisher()["0"].G)
