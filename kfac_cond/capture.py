@@ -6,6 +6,7 @@ gradients are not computed and nothing the user sees changes. A is formed in the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,8 @@ from .layers.survey import Layer
 from .likelihoods import Likelihood
 from .linalg.moments import second_moment
 from .statistics import LayerSums, Statistics, check_finite, statistic_dtype
+
+logger = logging.getLogger("kfac_cond")
 
 #: Forwards that may wait for their loss, and forwards heard that are remembered. Beyond it the oldest are let go: each
 #: holds its graph, and a validation loop with gradients enabled must not fill the memory.
@@ -113,7 +116,7 @@ class Capture:
         self.waiting: list[Forward] = []
         self.spent: list[Forward] = []
         self.fired: set[str] = set()
-        self.forgotten = 0
+        self._warned = False
         self._due = due
         self._owner = owner
         self._positions = positions
@@ -164,9 +167,19 @@ class Capture:
         self.waiting = [forward for forward in self.waiting if forward.entries]
         if len(self.waiting) >= MAX_WAITING:
             self.waiting.pop(0)
-            self.forgotten += 1
+            self._warn()
         self.waiting.append(Forward(positions))
         return self.waiting[-1]
+
+    def _warn(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "more than %d forwards of %s with gradients enabled wait for their loss; the oldest are let go. Evaluate "
+                "under torch.no_grad() or kfac.paused(); where one loss joins more forwards, call the model fewer times.",
+                MAX_WAITING,
+                type(self.model).__name__,
+            )
+        self._warned = True
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._heard is not None and self.listening():

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .health import Flags
 from .layers.survey import Layer
@@ -41,8 +42,35 @@ def summed(statistics: Statistics, flags: Flags, layers: Mapping[str, Layer]) ->
     finite = counts["finite"] > 0
     # A loss that is a sum has M = 1 however many ranks add to it.
     divisor = counts["divisor"] if mine.adds else counts["divisor"] / counts["finite"].clamp(min=1)
-    together = Flags(flags.captures, {key: counts[f"flag {key}"].long() for key in _flag_keys(layers)})
+    together = Flags(flags.captures * ranks(), {key: counts[f"flag {key}"].long() for key in _flag_keys(layers)})
     return Statistics(sums, divisor, mine.adds, statistics.examples * ranks(), finite), together
+
+
+class StaticGraph:
+    """Holds captures back while DDP records its static graph.
+
+    With ``static_graph`` DDP learns in the first iteration how gradients arrive. Scores sent back from outside at that
+    time make the gradients of the ranks differ, silently and for good.
+
+    Args:
+        model: what was wrapped; anything but DDP is never held back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._held: int | None = None
+
+    def holds(self, step: int) -> bool:
+        """Whether nothing is captured at ``step``; the answer stays the same throughout the step."""
+        ddp = self._ddp
+        if ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued:
+            self._held = step
+        return self._held == step
+
+    @property
+    def held(self) -> bool:
+        """Whether a step was held back, so that the next is due."""
+        return self._held is not None
 
 
 def _matrices(layer: Layer, sums: LayerSums | None) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ _REMEDY = "look for NaN or infinite inputs, too high a learning rate, or fp16 ov
 class Flags:
     """What captures said of themselves, counted on the device."""
 
-    def __init__(self) -> None:
-        self.captures = 0
-        self.counts: dict[str, Tensor] = {}
+    def __init__(self, captures: int = 0, counts: Mapping[str, Tensor] | None = None) -> None:
+        self.captures = captures
+        self.counts: dict[str, Tensor] = dict(counts or {})
 
     def note(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
         """Add one capture's flags; nothing is read."""

@@ -16,6 +16,7 @@ from .attachment import Attachments
 from .coverage import Coverage
 from .damping import Damping, as_damping
 from .data import Data
+from .distributed import StaticGraph, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
 from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .health import Health
@@ -96,7 +97,9 @@ class KFAC:
         self._paused = False
         self._named_missing = False
         self._scale: Tensor | None = None
+        self._unused: set[str] = set()
         self._inverses: dict[str, Block] = {}
+        self._static_graph = StaticGraph(model)
         self._average = MovingAverage(self.layers)
         self._health = Health(self.layers, patience=self.schedule.patience)
         self._intake = Intake(
@@ -292,7 +295,10 @@ class KFAC:
 
     def _factors_due(self) -> bool:
         """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
-        return self._clock.factors_due() or (not self._health.started and bool(self._average.A))
+        if self._static_graph.holds(self._clock.at_most):
+            return False
+        started = self._health.started or not (self._average.A or self._static_graph.held)
+        return not started or self._clock.factors_due()
 
     def _due(self) -> bool:
         """Whether outputs heard of now are captured."""
@@ -339,13 +345,14 @@ class KFAC:
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         captured = self._intake.take()
         if captured is not None:
-            statistics, flags = captured
+            statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
             self._health.add(flags)
             self._average.update(statistics, decay=decay)
             self._name_missing()
         elif self._factors_due() and not (self._intake.explicit and self._average.ready):
             raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))
-        if self._clock.inverses_due() or any(name not in self._inverses for name in self._average.ready):
+        waiting = set(self._average.ready) - self._inverses.keys() - self._unused
+        if self._clock.inverses_due() or waiting:
             self._refresh_inverses()
         self._clock.taken_in = True
 
@@ -368,7 +375,8 @@ class KFAC:
     def _refresh_inverses(self) -> None:
         if not self._health.read(first=not self._inverses):
             return
-        blocks = self._blocks()
+        self._unused = self._average.unused()
+        blocks = {name: block for name, block in self._blocks().items() if name not in self._unused}
         dampings = {
             name: self.damping.of(block.A, block.G, step=self._clock.at_most, override=self.layers[name].rule.damping)
             for name, block in blocks.items()

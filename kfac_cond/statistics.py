@@ -59,7 +59,7 @@ class Statistics:
 
         Consumes both: sums are added in place where that is safe.
         """
-        mine, theirs = self._or_zero(), other._or_zero()
+        mine, theirs = self.or_zero(), other.or_zero()
         layers = dict(mine.layers)
         for name, sums in theirs.layers.items():
             layers[name] = _added(layers[name], sums) if name in layers else sums
@@ -74,7 +74,7 @@ class Statistics:
             self.nonfinite | flags,
         )
 
-    def _or_zero(self) -> Statistics:
+    def or_zero(self) -> Statistics:
         """Itself where finite, else all zeros, decided on the device."""
 
         def keep(x: Tensor) -> Tensor:
@@ -175,6 +175,17 @@ class MovingAverage:
 
     def _stores(self) -> dict[str, dict[str, Any]]:
         return {"A": self.A, "A_weight": self.A_weight, "G": self.G, "G_weight": self.G_weight}
+
+    def unused(self) -> set[str]:
+        """The layers that never had a valid position, read from the device in one transfer: for a refresh, not a step.
+
+        There are such where another rank's model has a layer that none has used, and where batches were empty.
+        """
+        weights = list(self.A_weight.values())
+        if not weights or any(weight.is_meta for weight in weights):
+            return set()
+        used = torch.stack([weight.to(weights[0].device) for weight in weights]).tolist()
+        return {name for name, weight in zip(self.A_weight, used, strict=True) if weight == 0}
 
     @property
     def ready(self) -> list[str]:

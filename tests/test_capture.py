@@ -134,7 +134,7 @@ def test_train_and_eval_mode(mode, batch):
     assert_factors(updated(model, "categorical", batch), expected_factors(twin, *batch))
 
 
-def test_forwards_with_grad_that_find_no_loss_hold_no_more_than_some_graphs():
+def test_forwards_with_grad_that_find_no_loss_hold_no_more_than_some_graphs(caplog):
     model = classifier()
     kfac = kc.KFAC(model, nn.CrossEntropyLoss())
     held = []
@@ -145,6 +145,7 @@ def test_forwards_with_grad_that_find_no_loss_hold_no_more_than_some_graphs():
     del inputs
     gc.collect()
     assert sum(one() is not None for one in held) <= 20
+    assert caplog.text.count("wait for their loss") == 1
     kfac.remove()
     gc.collect()
     assert sum(one() is not None for one in held) == 0

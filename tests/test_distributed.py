@@ -1,0 +1,141 @@
+"""Two processes: the sums of all ranks are those of one process, and DDP's static graph is left alone."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import kfac_cond as kc
+from kfac_cond.draws import Draws
+
+from .reference import assert_same
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+WORLD = 2
+TIME_LIMIT = 100
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batches() -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, data labels and drawn labels of all ranks together."""
+    torch.manual_seed(4)
+    return torch.randn(8, 4), torch.randint(3, (8,)), torch.randint(3, (8,))
+
+
+#: Uneven on purpose.
+SHARDS = (slice(0, 3), slice(3, 8))
+
+
+def one_step(model: nn.Module, likelihood: kc.Likelihood, rows: slice) -> kc.KFAC:
+    x, y, drawn = (part[rows] for part in batches())
+    kfac = kc.KFAC(model, likelihood, schedule=kc.Schedule(factors=1, inverses=1))
+    outputs = model(x)
+    kfac.update(outputs, draws=drawn)
+    nn.functional.cross_entropy(outputs, y).backward()
+    kfac.precondition()
+    return kfac
+
+
+def factors(kfac: kc.KFAC) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (block.A, block.G) for name, block in kfac.fisher().items()}
+
+
+def has_factors(kfac: kc.KFAC) -> bool:
+    try:
+        return bool(kfac.fisher())
+    except kc.NotReadyError:
+        return False
+
+
+def static_graph_run(rank: int) -> dict[str, Any]:
+    """Four steps under DDP with a static graph, each rank on data of its own."""
+    model = network()
+    wrapped = DistributedDataParallel(model, static_graph=True)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(wrapped, criterion, schedule=kc.Schedule(factors=1, inverses=1), data=kc.Data(seed=1))
+    kfac.attach(optimizer)
+    x, y, _ = (part[SHARDS[rank]] for part in batches())
+    captured = []
+    for _step in range(4):
+        optimizer.zero_grad()
+        criterion(wrapped(x), y).backward()
+        optimizer.step()
+        captured.append(has_factors(kfac))
+    return {"parameters": [p.detach().clone() for p in model.parameters()], "captured": captured}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    found: dict[str, Any] = {}
+    for name, likelihood in (("mean", kc.Categorical()), ("sum", kc.Categorical(reduction="sum"))):
+        found[name] = factors(one_step(network(), likelihood, SHARDS[rank]))
+    # A rank whose batch is not finite adds nothing, and all ranks say so.
+    poisoned = network()
+    if rank == 1:
+        poisoned[0].weight.data[0, 0] = torch.nan
+    found["poisoned"] = factors(one_step(poisoned, kc.Categorical(), SHARDS[rank]))
+    found["static_graph"] = static_graph_run(rank)
+    generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
+    found["uniform"] = torch.rand(4, generator=generator)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
+        deadline = time.monotonic() + TIME_LIMIT
+        # It returns after each process that ends.
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"the ranks did not end within {TIME_LIMIT} s")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("layer", ["0", "2"])
+@pytest.mark.parametrize("side", [0, 1], ids=["A", "G"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_uneven_ranks_are_one_process(results, reduction, side, layer, rank):
+    expected = factors(one_step(network(), kc.Categorical(reduction=reduction), slice(0, 8)))
+    assert_same(results[rank][reduction][layer][side], expected[layer][side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("side", [0, 1], ids=["A", "G"])
+def test_a_rank_that_is_not_finite_adds_nothing(results, side, rank):
+    expected = factors(one_step(network(), kc.Categorical(), SHARDS[0]))
+    assert_same(results[rank]["poisoned"]["2"][side], expected["2"][side])
+
+
+def test_static_graph_keeps_ranks_equal(results):
+    first, second = (result["static_graph"]["parameters"] for result in results)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_static_graph_is_captured_from_the_second_step_on(results):
+    assert results[0]["static_graph"]["captured"] == [False, True, True, True]
+
+
+def test_ranks_draw_different_labels(results):
+    assert not torch.equal(results[0]["uniform"], results[1]["uniform"])
