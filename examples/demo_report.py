@@ -111,7 +111,7 @@ def table(found: Mapping[str, Summary]) -> Table:
     classes = found["Adam"].test_accuracy is not None
     out = Table()
     for name in columns + (["train\naccuracy", "test\naccuracy"] if classes else []):
-        out.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
+        out.add_column(name, justify="left" if name == "optimizer" else "right")
     for name, one in found.items():
         cells = [_to_target(one, one.steps, ".0f"), _to_target(one, one.seconds, ".2f")]
         cells += [f"{one.milliseconds_per_step:.2f}", f"{one.train_loss:.4g}", f"{one.test_loss:.4g}"]
@@ -123,7 +123,7 @@ def table(found: Mapping[str, Summary]) -> Table:
 def _to_target(one: Summary, value: float | None, form: str) -> str:
     if value is None:
         return "- (never)"
-    return f"{value:{form}}" + ("" if one.reached == one.seeds else f" ({one.reached} of {one.seeds} seeds)")
+    return f"{value:{form}}" + ("" if one.reached == one.seeds else f" ({one.reached} of {one.seeds})")
 
 
 def verdict(found: Mapping[str, Summary]) -> str:

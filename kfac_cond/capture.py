@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,19 +17,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
+from .forwards import Forward, Use, add_gradients, add_inputs
 from .guards import EagerForwards, kept_running_statistics, without_autocast
 from .hooks import Hook, Owner, in_backward
-from .layers.sharing import (
-    expanded_gradient_moment,
-    expanded_input_moment,
-    kept,
-    masked,
-    pooled_inputs,
-    reduced_input_moment,
-)
+from .layers.sharing import kept
 from .layers.survey import Layer
 from .likelihoods import Likelihood
-from .linalg.moments import second_moment
 from .statistics import LayerSums, Statistics, check_finite, statistic_dtype
 
 logger = logging.getLogger("kfac_cond")
@@ -53,40 +45,6 @@ _REFUSALS = {
 
 Positions = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 Heard = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
-
-
-@dataclass
-class _Use:
-    """One call of a layer's module: where its output gradient arrives, and how to read it."""
-
-    edge: GradientEdge
-    shape: torch.Size
-    module: nn.Module
-    keep: Tensor | None
-
-
-@dataclass
-class _Entry:
-    """A layer in one forward: its summed inputs and its uses.
-
-    ``inputs`` and ``count`` are the moment and number of positions for 'expand', the pooled activations and their
-    numbers for 'reduce'.
-    """
-
-    layer: Layer
-    inputs: Tensor
-    count: Tensor
-    uses: list[_Use] = field(default_factory=list)
-
-
-@dataclass
-class Forward:
-    """What one forward of the model left at its layers."""
-
-    positions: Tensor | None = None
-    entries: dict[str, _Entry] = field(default_factory=dict)
-    #: Whether an explicit update may still take the place of what was heard of it.
-    replaceable: bool = False
 
 
 class Capture:
@@ -125,13 +83,13 @@ class Capture:
         self._eager = EagerForwards(model)
 
     def install(self) -> None:
-        """Put the hooks on; first among a module's hooks, to see outputs as the layer made them."""
+        """Put the hooks on; a layer's is the first of its hooks, to see the output as the layer made it."""
 
         def hook(call: Callable[..., Any]) -> Hook:
             return Hook(call, self._owner)
 
         root = self.model
-        self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True, prepend=True)]
+        self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True)]
         for layer in self.layers.values():
             for module in dict.fromkeys(layer.modules):
                 call = hook(partial(self._layer, layer))
@@ -174,8 +132,9 @@ class Capture:
     def _warn(self) -> None:
         if not self._warned:
             logger.warning(
-                "more than %d forwards of %s with gradients enabled wait for their loss; the oldest are let go. Evaluate "
-                "under torch.no_grad() or kfac.paused(); where one loss joins more forwards, call the model fewer times.",
+                "more than %d forwards of %s with gradients enabled wait for their loss; the oldest are let go. "
+                "Evaluate under torch.no_grad() or kfac.paused(); where one loss joins more forwards, give the model "
+                "larger batches.",
                 MAX_WAITING,
                 type(self.model).__name__,
             )
@@ -207,24 +166,7 @@ class Capture:
         with torch.no_grad(), without_autocast(inputs.device):
             a = layer.kind.activations(module, inputs.to(statistic_dtype(inputs.dtype)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
-            self._add(forward, layer, a, keep)
-        forward.entries[layer.name].uses.append(_Use(edge, output.shape, module, keep))
-
-    @staticmethod
-    def _add(forward: Forward, layer: Layer, a: Tensor, keep: Tensor | None) -> None:
-        """Add one use's inputs to the layer's entry of this forward."""
-        if layer.layout.weight is None:
-            a = a[..., :0]
-        if layer.sharing == "expand":
-            inputs, count = expanded_input_moment(a, keep, bias=layer.layout.bias is not None)
-        else:
-            inputs, count = pooled_inputs(a, keep)
-        entry = forward.entries.get(layer.name)
-        if entry is None:
-            forward.entries[layer.name] = _Entry(layer, inputs, count)
-            return
-        _same_examples(layer, entry.inputs, inputs)
-        entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
+            forward.add(layer, Use(edge, output.shape, module, keep), a)
 
     def send_back(
         self,
@@ -269,10 +211,10 @@ class Capture:
             reached = [(entry, use, g) for (_, entry, use), g in zip(uses, gradients, strict=True) if g is not None]
             del gradients
             with torch.no_grad():
-                _add_gradients(sums, reached, weight, examples)
+                add_gradients(sums, reached, weight, examples)
         heard = [forwards[index] for index in sorted(touched)]
         with torch.no_grad():
-            _add_inputs(sums, heard)
+            add_inputs(sums, heard)
         for forward in heard:
             forward.replaceable = replaceable
         if not again:
@@ -351,59 +293,3 @@ def _edge(output: Tensor) -> GradientEdge:
     if base is not None and base.requires_grad and base.numel() == output.numel():
         return get_gradient_edge(base)
     return get_gradient_edge(output)
-
-
-def _add_gradients(
-    sums: dict[str, LayerSums], reached: Iterable[tuple[_Entry, _Use, Tensor]], weight: float, examples: int
-) -> None:
-    """Add one draw's g g^T to the sums of the layers reached."""
-    pooled: dict[str, tuple[Layer, Tensor]] = {}
-    for entry, use, gradient in reached:
-        layer = entry.layer
-        g = gradient.to(statistic_dtype(gradient.dtype)).reshape(use.shape)
-        g = masked(layer.kind.output_gradients(use.module, g), use.keep)
-        if layer.sharing == "expand":
-            _accumulate(sums, layer, expanded_gradient_moment(g), weight)
-            continue
-        if g.shape[-3] != examples:
-            raise CaptureError(
-                f"layer '{layer.name}' with sharing='reduce' has {g.shape[-3]} entries along its first dimension, the "
-                f"outputs have {examples} examples along theirs: keep examples along dimension 0 of both, or use "
-                f"sharing='expand' for it."
-            )
-        total = g.sum(dim=-2)
-        pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
-    for layer, total in pooled.values():
-        _accumulate(sums, layer, second_moment(total), weight)
-
-
-def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, weight: float) -> None:
-    moment = moment if weight == 1.0 else moment.mul_(weight)
-    mine = sums.get(layer.name)
-    if mine is None:
-        empty = moment.new_zeros(())
-        sums[layer.name] = LayerSums(empty, empty, moment)
-    else:
-        mine.G.add_(moment)
-
-
-def _add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
-    """Put the inputs of the forwards heard into the sums of the layers that a gradient reached."""
-    for name, mine in sums.items():
-        entries = [forward.entries[name] for forward in heard if name in forward.entries]
-        inputs, count = entries[0].inputs, entries[0].count
-        for entry in entries[1:]:
-            _same_examples(entry.layer, inputs, entry.inputs)
-            inputs, count = inputs + entry.inputs, count + entry.count
-        layer = entries[0].layer
-        if layer.sharing == "reduce":
-            inputs, count = reduced_input_moment(inputs, count, bias=layer.layout.bias is not None)
-        mine.A, mine.A_count = inputs, count
-
-
-def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:
-    if layer.sharing == "reduce" and mine.shape != theirs.shape:
-        raise CaptureError(
-            f"layer '{layer.name}' with sharing='reduce' was used on {mine.shape[-2]} and on {theirs.shape[-2]} "
-            f"examples in one forward: use sharing='expand' for it."
-        )

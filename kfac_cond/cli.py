@@ -58,7 +58,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task", choices=("autoencoder", "classifier", "all"), default="all", help="what to train")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps a run (None: the task's own)")
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="optimizer steps a run (default: the task's own)",
+    )
     parser.add_argument("--seeds", type=_positive, metavar="N", default=3, help="runs of each optimizer")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("demo-results"), help="where results are saved")
     parser.set_defaults(command=_demo)
@@ -77,7 +83,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
         return 2
     demo = _load(folder / "demo.py")
-    status: int = demo.run(task=arguments.task, steps=arguments.steps, seeds=arguments.seeds, out=arguments.out)
+    status: int = demo.run(
+        task=arguments.task, steps=getattr(arguments, "steps", None), seeds=arguments.seeds, out=arguments.out
+    )
     return status
 
 

@@ -61,7 +61,7 @@ def as_damping(damping: Damping | float | Callable[[int], float]) -> Damping:
 
 
 def _checked(value: object, what: str) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf"):
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf"):
         return float(value)
     raise ArgumentError(
         f"{what} = {value!r}: expected a finite number >= 0, a callable of the step, or kc.Damping(...)"

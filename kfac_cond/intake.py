@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from .layers.survey import Layer
 from .likelihoods import Likelihood, sampled_scores
 from .listening import Listener, bound_to_batch
 from .statistics import Statistics
+
+logger = logging.getLogger("kfac_cond")
 
 
 class Intake:
@@ -55,6 +58,7 @@ class Intake:
         self._step = step
         self._capture: Capture | None = None
         self._heard_alone = False
+        self._named_missing = False
         self._pending: Statistics | None = None
         self._flags = Flags()
 
@@ -74,6 +78,7 @@ class Intake:
         if self._capture is not None:
             self._capture.remove()
         self._drop()
+        self._named_missing = False
         self._capture = Capture(
             self._model,
             layers,
@@ -106,6 +111,23 @@ class Intake:
         taken = None if self._pending is None else (self._pending, self._flags)
         self._drop()
         return taken
+
+    def name_missing(self) -> None:
+        """After the first capture: every layer that should have fired has, or is named."""
+        layers = self.capture.layers
+        missing = [name for name in layers if name not in self.capture.fired]
+        if self._named_missing or not missing:
+            return
+        self._named_missing = True
+        logger.warning(
+            "%d of %d layers did not take part in the first forward: %s. Until they do, their gradients are left as "
+            "they are. A layer does not fire where its module is not called (its weight is used functionally), or is "
+            "called under no_grad, in reentrant activation checkpointing (use use_reentrant=False) or in a compiled "
+            "model. Exclude it with rules={name: dict(exclude=True)} if that is meant.",
+            len(missing),
+            len(layers),
+            ", ".join(missing),
+        )
 
     def _drop(self) -> None:
         self._pending, self._flags = None, Flags()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from .data import Data
 from .distributed import StaticGraph, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
 from .gradients import gradients_of, layer_update, trust_region_scale, write
+from .guards import without_autocast
 from .health import Health
 from .intake import Intake
 from .layers.survey import Layer
@@ -26,10 +26,8 @@ from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
-from .trust_region import TrustRegion
+from .trust_region import LayerUpdate, TrustRegion
 from .wrapping import covering, refuse_wrapped
-
-logger = logging.getLogger("kfac_cond")
 
 
 class KFAC:
@@ -95,7 +93,6 @@ class KFAC:
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
-        self._named_missing = False
         self._scale: Tensor | None = None
         self._unused: set[str] = set()
         self._inverses: dict[str, Block] = {}
@@ -260,7 +257,7 @@ class KFAC:
             self._inverses.pop(name, None)
         self._average = self._average.restricted(fresh.layers, without=changed)
         self._health = self._health.restricted(fresh.layers, without=changed)
-        self._survey, self._named_missing = fresh, False
+        self._survey = fresh
         self._intake.watch(fresh.layers)
 
     def remove(self) -> None:
@@ -322,18 +319,27 @@ class KFAC:
         gradients = {name: found for name in names if (found := gradients_of(self.layers[name]))}
         if not gradients:
             return False
-        if not self._clock.taken_in:
-            self._take_in()
+        first = next(iter(next(iter(gradients.values())).values()))
+        with without_autocast(first.device):
+            if not self._clock.taken_in:
+                self._take_in()
+            updates = self._updates(gradients, rates)
+            scale = None
+            if updates and self.trust_region is not None:
+                scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
+            write(self.layers, gradients, updates, scale)
+        return True
+
+    def _updates(
+        self, gradients: Mapping[str, dict[str, Tensor]], rates: Mapping[int, float | Tensor]
+    ) -> dict[str, LayerUpdate]:
+        """The preconditioned gradients of the layers that have an inverse; nothing is written."""
         updates = {}
         for name, found in gradients.items():
             inverse = self._inverse_of(name, next(iter(found.values())))
             if inverse is not None:
                 updates[name] = layer_update(self.layers[name], found, inverse, rates)
-        scale = None
-        if updates and self.trust_region is not None:
-            scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
-        write(self.layers, gradients, updates, scale)
-        return True
+        return updates
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
@@ -348,29 +354,13 @@ class KFAC:
             statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
             self._health.add(flags)
             self._average.update(statistics, decay=decay)
-            self._name_missing()
+            self._intake.name_missing()
         elif self._factors_due() and not (self._intake.explicit and self._average.ready):
             raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))
         waiting = set(self._average.ready) - self._inverses.keys() - self._unused
         if self._clock.inverses_due() or waiting:
             self._refresh_inverses()
         self._clock.taken_in = True
-
-    def _name_missing(self) -> None:
-        """After the first capture: every layer that should have fired has, or is named."""
-        missing = [name for name in self.layers if name not in self._intake.capture.fired]
-        if self._named_missing or not missing:
-            return
-        self._named_missing = True
-        logger.warning(
-            "%d of %d layers did not take part in the first forward: %s. Until they do, their gradients are left as "
-            "they are. A layer does not fire where its module is not called (its weight is used functionally), or is "
-            "called under no_grad, in reentrant activation checkpointing (use use_reentrant=False) or in a compiled "
-            "model. Exclude it with rules={name: dict(exclude=True)} if that is meant.",
-            len(missing),
-            len(self.layers),
-            ", ".join(missing),
-        )
 
     def _refresh_inverses(self) -> None:
         if not self._health.read(first=not self._inverses):

@@ -127,7 +127,7 @@ class Clock:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
 
 
 def _is_whole(value: object) -> bool:

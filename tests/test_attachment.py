@@ -204,6 +204,30 @@ def test_a_layer_is_preconditioned_once_where_two_optimizers_share_it():
     assert torch.equal(model[0].bias.grad, once["0.bias"])
 
 
+def test_an_optimizer_that_steps_twice_is_preconditioned_twice():
+    model, (inputs, labels) = network(), batches(1)[0]
+    first, second = two_optimizers(model, split="layers")
+    _, criterion = wrapped(model, first, second, schedule=kc.Schedule())
+    criterion(model(inputs), labels).backward()
+    plain = gradients_of(model)
+    first.step()
+    once = gradients_of(model)
+    model[0].weight.grad, model[0].bias.grad = plain["0.weight"], plain["0.bias"]
+    first.step()
+    assert torch.equal(model[0].weight.grad, once["0.weight"])
+
+
+def test_the_trust_region_sees_the_rates_of_all_optimizers():
+    """A layer whose bias another optimizer moves faster is bounded by the faster rate."""
+    model, (inputs, labels) = network(), batches(1)[0]
+    slow = sgd([p for p in model.parameters() if p.ndim > 1], lr=1e-6)
+    fast = sgd([p for p in model.parameters() if p.ndim == 1], lr=10.0)
+    kfac, criterion = wrapped(model, slow, fast, trust_region=kc.KLClip(1e-4))
+    criterion(model(inputs), labels).backward()
+    slow.step()
+    assert kfac.metrics()["kfac/trust_region_scale"] < 0.1
+
+
 def test_a_step_without_gradients_is_not_counted():
     model = network()
     optimizer = sgd(model.parameters())

@@ -202,6 +202,12 @@ def test_each_seed_is_held_against_adam_of_the_same_seed() -> None:
     assert (found["SGD + K-FAC"].steps, found["SGD + K-FAC"].reached) == (10, 1)
 
 
+def test_the_table_says_how_many_seeds_got_there() -> None:
+    report = module("demo_report")
+    found = report.summaries(runs_of(sgd=[[9, 9], [9, 9]], adam=[[9, 4], [9, 2]], kfac=[[9, 3], [9, 3]]))
+    assert "10 (1 of 2)" in list(report.table(found).columns[1].cells)
+
+
 def test_only_seeds_that_all_have_finished_count(handmade: dict[str, list[Any]]) -> None:
     handmade["SGD + K-FAC"].pop()
     assert {one.seeds for one in module("demo_report").summaries(handmade).values()} == {1}

@@ -288,10 +288,11 @@ def test_a_layer_that_never_took_part_is_named(caplog):
 # -- others at work on the model --------------------------------------------------------------------------------------
 
 
-def test_a_kfac_on_the_model_is_paused_meanwhile():
+@pytest.mark.parametrize("listening", ["to the criterion", "to the forward"])
+def test_a_kfac_on_the_model_is_paused_meanwhile(listening):
     model, criterion, inputs, labels = classifier(), nn.CrossEntropyLoss(), torch.randn(7, 3), torch.randint(3, (7,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    kfac = kc.KFAC(model, criterion, schedule=EVERY_STEP)
+    kfac = kc.KFAC(model, criterion if listening == "to the criterion" else "categorical", schedule=EVERY_STEP)
     kfac.attach(optimizer)
     kc.estimate(model, [torch.randn(3, 3)], criterion)
     criterion(model(inputs), labels).backward()

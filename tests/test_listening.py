@@ -169,6 +169,7 @@ def test_a_criterion_called_without_grad_is_ignored():
             criterion(outputs, LABELS)
         criterion(outputs.detach(), LABELS)
         criterion(outputs, LABELS).backward()
+        criterion(outputs.detach(), LABELS)
 
     assert_same_fisher(stepped(model, criterion, run, seed=4), heard(criterion, model, inputs, LABELS))
 

@@ -23,6 +23,7 @@ from .training import (
     noisy_network,
     parameters_of,
     train,
+    wrapped,
 )
 
 
@@ -229,6 +230,20 @@ def test_a_bfloat16_model_has_float32_factors_and_its_own_gradients():
     assert torch.isfinite(parameters_of(model)).all()
 
 
+@pytest.mark.parametrize("rule", ["factored", "exact"])
+def test_a_step_within_autocast_is_in_full_precision(rule):
+    found = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model, (inputs, labels) = network().float(), batches(1)[0]
+        kfac = kc.KFAC(model, "categorical", damping=kc.Damping(0.1, rule=rule), trust_region=kc.KLClip(1e-3))
+        backward_of(kfac, model, inputs.float(), labels, torch.zeros(8, dtype=torch.long))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            kfac.precondition(lr=0.1)
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_the_state_follows_a_change_of_dtype(before, after):
     model = network().to(before)
@@ -240,6 +255,15 @@ def test_the_state_follows_a_change_of_dtype(before, after):
     train(model, criterion, optimizer, [(inputs.to(after), labels) for inputs, labels in batches(2)])
     assert kfac.fisher()["0"].dtype == after
     assert model[0].weight.grad.dtype == after
+
+
+def test_between_refreshes_the_inverses_follow_a_change_of_dtype():
+    model = network().float()
+    kfac, criterion = wrapped(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1), schedule=kc.Schedule())
+    train(model, criterion, optimizer, [(inputs.float(), labels) for inputs, labels in batches(1)])
+    model.double()
+    train(model, criterion, optimizer, batches(1))
+    assert kfac.state_dict()["layers"]["0"]["inverse"]["A"].dtype == torch.float64
 
 
 def test_a_missing_bias_gradient_counts_as_zero():
