@@ -222,9 +222,10 @@ class Capture:
             self.spent += heard
         return sums
 
-    def came_from_spent(self, outputs: Tensor) -> bool:
-        """Whether a forward that was sent back to already computed these outputs."""
-        edges = [use.edge for forward in self.spent for entry in forward.entries.values() for use in entry.uses]
+    def computed(self, outputs: Tensor, *, spent: bool) -> bool:
+        """Whether a forward held computed these outputs: one that was sent back to already, or one that waits."""
+        forwards = self.spent if spent else self.waiting
+        edges = [use.edge for forward in forwards for entry in forward.entries.values() for use in entry.uses]
         if not edges:
             return False
         try:

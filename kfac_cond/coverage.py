@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,17 @@ class Coverage:
 
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
+
+    def without(self, paths: Iterable[str]) -> Coverage:
+        """The same table with these parameters not covered, since their layer never fired."""
+        silent = set(paths)
+        reason, remedy = "its layer did not take part in any forward", "call its module, in eager mode and with gradients"
+        return Coverage(
+            tuple(
+                replace(row, covered=False, reason=reason, remedy=remedy) if row.path in silent else row
+                for row in self.rows
+            )
+        )
 
     @property
     def parameters(self) -> int:

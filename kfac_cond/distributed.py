@@ -78,8 +78,8 @@ def _matrices(layer: Layer, sums: LayerSums | None) -> tuple[Tensor, Tensor]:
     if sums is not None:
         return sums.A, sums.G
     *groups, d_out, d_in = layer.layout.matrix_shape
-    like = {"dtype": statistic_dtype(layer.weight.dtype), "device": layer.weight.device}
-    return torch.zeros(*groups, d_in, d_in, **like), torch.zeros(*groups, d_out, d_out, **like)
+    like = layer.weight.new_zeros((), dtype=statistic_dtype(layer.weight.dtype))
+    return like.new_zeros((*groups, d_in, d_in)), like.new_zeros((*groups, d_out, d_out))
 
 
 def _counts(mine: Statistics, flags: Flags, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
@@ -100,5 +100,5 @@ def _add_up(tensors: list[Tensor]) -> None:
     """Add tensors of one dtype over all ranks, in place, packed into one buffer."""
     buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(buffer)
-    for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(buffer, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.reshape(tensor.shape))

@@ -87,7 +87,7 @@ def estimate(
         LikelihoodError: outputs or labels that do not fit the likelihood.
         NumericalError: a batch with statistics that are not finite.
 
-    Example:
+    Examples:
         >>> import torch, kfac_cond as kc
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> fisher = kc.estimate(model, [torch.randn(8, 3)], "categorical", samples=4)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .capture import Capture, gathered
 from .data import Data
 from .draws import Draws
-from .errors import CaptureError
+from .errors import CaptureError, LikelihoodError
 from .health import Flags
 from .hooks import Owner
 from .layers.survey import Layer
@@ -112,10 +112,15 @@ class Intake:
         self._drop()
         return taken
 
+    @property
+    def missing(self) -> list[str]:
+        """The layers that have not fired yet, once any has."""
+        fired = self.capture.fired
+        return [name for name in self.capture.layers if name not in fired] if fired else []
+
     def name_missing(self) -> None:
         """After the first capture: every layer that should have fired has, or is named."""
-        layers = self.capture.layers
-        missing = [name for name in layers if name not in self.capture.fired]
+        layers, missing = self.capture.layers, self.missing
         if self._named_missing or not missing:
             return
         self._named_missing = True
@@ -161,8 +166,14 @@ class Intake:
 
     def _hear(self, outputs: Tensor, likelihood: Likelihood) -> None:
         """Gather from outputs that the listener heard of; those of other models are ignored."""
-        likelihood.check(outputs)
-        if not self._send(outputs, likelihood, None, replaceable=True) and self.capture.came_from_spent(outputs):
+        try:
+            reached = self._send(outputs, likelihood, None, replaceable=True)
+        except LikelihoodError:
+            # A criterion may serve other models too, on outputs of other forms.
+            if self.capture.computed(outputs, spent=False):
+                raise
+            return
+        if not reached and self.capture.computed(outputs, spent=True):
             raise CaptureError(
                 "the loss was called twice on one forward of the wrapped model: the library cannot know how the two "
                 "are weighted. Call kfac.update(outputs) once for the outputs that parametrise p."

@@ -56,7 +56,7 @@ class KFAC:
         AttachError: the model is already wrapped.
         ArgumentError: an argument out of range.
 
-    Example:
+    Examples:
         >>> import torch, kfac_cond as kc
         >>> model, criterion = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -128,8 +128,12 @@ class KFAC:
         return not self._paused
 
     def coverage(self) -> Coverage:
-        """Every trainable parameter: covered or not, why, and what to do. ``print`` it, or read ``.share``."""
-        return Coverage(self._survey.rows)
+        """Every trainable parameter: covered or not, why, and what to do. ``print`` it, or read ``.share``.
+
+        After the first capture the layers that did not take part in it count as not covered until they do.
+        """
+        layers = [self.layers[name] for name in self._intake.missing]
+        return Coverage(self._survey.rows).without(name for layer in layers for name in layer.layout.names)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""

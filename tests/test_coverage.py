@@ -138,3 +138,23 @@ def test_a_sharded_parameter_is_named(mesh):
     assert (found["0.weight"].covered, found["0.weight"].reason) == (False, "its weight is a sharded DTensor")
     assert "before sharding" in found["0.weight"].remedy
     assert found["1.weight"].covered
+
+
+def test_a_layer_that_never_fired_is_not_covered():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Half()
+    kfac = kc.KFAC(model, kc.Categorical(), schedule=kc.Schedule(factors=1, inverses=1))
+    before = kfac.coverage().share
+    outputs = model(torch.randn(4, 3))
+    kfac.update(outputs)
+    outputs.sum().backward()
+    kfac.precondition()
+    assert (before, kfac.coverage().share) == (1.0, 0.5)
+    assert [row.path for row in kfac.coverage().rows if not row.covered] == ["idle.weight", "idle.bias"]

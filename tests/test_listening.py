@@ -358,3 +358,17 @@ def test_a_criterion_stays_as_it_is_where_nothing_is_due():
     criterion(model(torch.randn(7, 3)), LABELS).backward()
     optimizer.step()
     assert torch.equal(kfac.fisher()["0"].A, before)
+
+
+def test_a_criterion_shared_with_a_model_of_other_outputs_is_ignored_there():
+    """One object for a model on (N, C) and another on a single unbatched row of logits."""
+    model, other, criterion = classifier(), torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+    kfac = kc.KFAC(model, criterion, schedule=EVERY_STEP)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac.attach(optimizer)
+    inputs = torch.randn(5, next(model.parameters()).shape[1])
+    loss = criterion(model(inputs), torch.tensor([0, 1, 2, 1, 0]))
+    criterion(other(torch.randn(4)), torch.tensor(1)).backward()
+    loss.backward()
+    optimizer.step()
+    assert kfac.fisher()

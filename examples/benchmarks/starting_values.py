@@ -69,18 +69,16 @@ def tasks() -> Iterator[Task]:
     yield Task("classifier", classifier, F.cross_entropy, kc.Categorical(), images, labels, 128)
     x, y = (torch.tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True, scaled=True))
     x, y = x / x.std(0), ((y - y.mean()) / y.std())[:, None]
-    network = [nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)]
     squared = kc.Gaussian(0.5, event_dims=())
-    yield Task("regression, mean squared error", lambda: nn.Sequential(*network).apply(reset), F.mse_loss, squared, x, y, 128)
+    yield Task("regression, mean squared error", regressor, F.mse_loss, squared, x, y, 128)
     text = Path(argparse.__file__).read_bytes()
     windows = torch.tensor([byte if byte < 128 else 0 for byte in text]).unfold(0, 33, 17)
     yield Task("language model", CharacterModel, token_loss, kc.Categorical(), windows[:, :-1], windows[:, 1:], 64)
 
 
-def reset(module: nn.Module) -> None:
-    """Fresh weights for a layer that is used again."""
-    if isinstance(module, nn.Linear):
-        module.reset_parameters()
+def regressor() -> nn.Module:
+    """Ten features to one number."""
+    return nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Likelihood(ABC):
     Raises:
         LikelihoodError: an unknown reduction, 'none' without a divisor, or a divisor that is not a positive number.
 
-    Example:
+    Examples:
         >>> class Exponential(Likelihood):
         ...     "Waiting times; outputs are log rates, -log p = rate y - log rate."
         ...
