@@ -24,7 +24,10 @@ class Coverage:
     def without(self, paths: Iterable[str]) -> Coverage:
         """The same table with these parameters not covered, since their layer never fired."""
         silent = set(paths)
-        reason, remedy = "its layer did not take part in any forward", "call its module, in eager mode and with gradients"
+        reason, remedy = (
+            "its layer did not take part in any forward",
+            "call its module, in eager mode and with gradients",
+        )
         return Coverage(
             tuple(
                 replace(row, covered=False, reason=reason, remedy=remedy) if row.path in silent else row

@@ -62,7 +62,7 @@ class Schedule:
         """Whether the inverses are refreshed at ``step``."""
         if _due(self.inverses, step):
             return True
-        if step >= self.warmup or not isinstance(self.factors, int) or self.inverses is None:
+        if step >= self.warmup or not (isinstance(self.factors, int) and isinstance(self.inverses, int)):
             return False
         multiple, rest = divmod(step, self.factors)
         return rest == 0 and multiple & (multiple - 1) == 0

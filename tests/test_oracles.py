@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def labels_for(name: str, outputs: Tensor) -> Tensor:
 def network(depth: int, activation: type[nn.Module], *, bias: bool = True) -> nn.Sequential:
     sizes = [3, *[4] * (depth - 1), 5]
     modules: list[nn.Module] = []
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+    for d_in, d_out in pairwise(sizes):
         modules += [nn.Linear(d_in, d_out, bias=bias), activation()]
     return nn.Sequential(*modules[:-1])
 

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/starting_values.py [--steps N]
 
-SGD with momentum 0.9 under K-FAC with its default schedule and ``KLClip(1e-2)``. A cell is the training loss at the end
-(mean over the last batches), a star marks what ends within a tenth of the best of its task's way down. ``docs/training.md``
-quotes the table.
+SGD with momentum 0.9 under K-FAC with ``Schedule(warmup=100)`` and ``KLClip(1e-2)``. A cell is the training loss at the end
+(mean over the last batches), a star marks what ends within a tenth of the best of its task's way down.
+``docs/training.md`` quotes the tables.
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ def final_loss(task: Task, *, rate: float, damping: float, steps: int) -> tuple[
     torch.manual_seed(0)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    kfac = kc.KFAC(model, task.likelihood, damping=damping, trust_region=kc.KLClip(1e-2), data=kc.Data(seed=0))
+    kfac = kc.KFAC(
+        model,
+        task.likelihood,
+        damping=damping,
+        schedule=kc.Schedule(warmup=100),
+        trust_region=kc.KLClip(1e-2),
+        data=kc.Data(seed=0),
+    )
     kfac.attach(optimizer)
     losses = []
     for _step in range(steps):
