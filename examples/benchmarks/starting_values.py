@@ -2,7 +2,7 @@
 
     python examples/benchmarks/starting_values.py [--steps N]
 
-SGD with momentum 0.9 under K-FAC with ``Schedule(warmup=100)`` and ``KLClip(1e-2)``. A cell is the training loss at the end
+SGD with momentum 0.9 under K-FAC with ``Schedule(warmup=100)`` and ``KLClip(1e-2)``. A cell is the last training loss
 (mean over the last batches), a star marks what ends within a tenth of the best of its task's way down.
 ``docs/training.md`` quotes the tables.
 """
