@@ -21,13 +21,9 @@ class Coverage:
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
 
-    def without(self, paths: Iterable[str]) -> Coverage:
-        """The same table with these parameters not covered, since their layer never fired."""
+    def without(self, paths: Iterable[str], reason: str, remedy: str) -> Coverage:
+        """The same table with these parameters not covered, for a reason."""
         silent = set(paths)
-        reason, remedy = (
-            "its layer did not take part in any forward",
-            "call its module, in eager mode and with gradients",
-        )
         return Coverage(
             tuple(
                 replace(row, covered=False, reason=reason, remedy=remedy) if row.path in silent else row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,13 @@ from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .guards import without_autocast
 from .health import Health
 from .intake import Intake
-from .layers.survey import Layer
+from .layers.survey import Layer, survey
 from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
 from .trust_region import LayerUpdate, TrustRegion
-from .wrapping import covering, refuse_wrapped
+from .wrapping import covering, refuse_wrapped, require_unchanged
 
 
 class KFAC:
@@ -132,8 +132,14 @@ class KFAC:
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        layers = [self.layers[name] for name in self._intake.missing]
-        return Coverage(self._survey.rows).without(name for layer in layers for name in layer.layout.names)
+        fresh = survey(self._model, self._rules)
+        changed = [name for name, layer in fresh.layers.items() if self.layers.get(name) != layer]
+        found = Coverage(fresh.rows).without(
+            _parameters(fresh.layers, changed), "changed since it was wrapped", "kfac.refresh()"
+        )
+        silent = [name for name in self._intake.missing if name in fresh.layers]
+        reason, remedy = "no score has reached its layer", "see the warning after the first capture, or exclude it"
+        return found.without(_parameters(fresh.layers, silent), reason, remedy)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
@@ -352,19 +358,30 @@ class KFAC:
 
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
+        if self._factors_due():
+            require_unchanged(self._model, self._rules, self.layers)
+        # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
+        self.damping.at(self._clock.at_most)
         captured = self._intake.take()
         if captured is not None:
             statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
             self._health.add(flags)
             self._average.update(statistics, decay=decay)
             self._intake.name_missing()
-        elif self._factors_due() and not (self._intake.explicit and self._average.ready):
-            raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))
+        elif self._factors_due():
+            self._refuse_silence()
         waiting = set(self._average.ready) - self._inverses.keys() - self._unused
         if self._clock.inverses_due() or waiting:
             self._refresh_inverses()
         self._clock.taken_in = True
+
+    def _refuse_silence(self) -> None:
+        """Raise where a due step has a forward whose outputs nobody told of, or none at all."""
+        explicit, forwards = self._intake.explicit, bool(self._intake.capture.waiting)
+        # By hand one may leave steps out, but not forget the forward that was captured for one.
+        if not (explicit and self._average.ready and not forwards):
+            raise self._intake.listener.nothing_heard(forwards=forwards, explicit=explicit)
 
     def _refresh_inverses(self) -> None:
         if not self._health.read(first=not self._inverses):
@@ -391,3 +408,8 @@ class KFAC:
         if inverse is not None and (inverse.device, inverse.dtype) != (like.device, dtype):
             inverse = self._inverses[name] = inverse.to(like.device).to(dtype)
         return inverse
+
+
+def _parameters(layers: Mapping[str, Layer], names: Iterable[str]) -> list[str]:
+    """The names of the parameters of the layers named."""
+    return [parameter for name in names for parameter in layers[name].layout.names]
