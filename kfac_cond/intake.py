@@ -101,15 +101,21 @@ class Intake:
         self.listener.stop()
         self._drop()
 
-    def restart(self, seed: int) -> None:
-        """Let go of what was gathered, and draw from ``seed``."""
-        self.draws = Draws(seed)
-        self._drop()
+    @property
+    def gathered(self) -> tuple[Statistics, Flags] | None:
+        """What was gathered since the last step that took something in, with its flags; or None."""
+        return None if self._pending is None else (self._pending, self._flags)
+
+    def restart(self, draws: Draws, gathered: tuple[Statistics, Flags] | None) -> None:
+        """Go on from a saved state: its draws, and what had been gathered when it was saved."""
+        self.draws = draws
+        self._pending, self._flags = gathered or (None, Flags())
+        self._heard_alone = False
         self.capture.forget()
 
     def take(self) -> tuple[Statistics, Flags] | None:
-        """What was gathered since the last step that took something in, with its flags; or None."""
-        taken = None if self._pending is None else (self._pending, self._flags)
+        """The same as ``gathered``, which is then empty."""
+        taken = self.gathered
         self._drop()
         return taken
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
-from .coverage import Coverage
+from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
 from .distributed import StaticGraph, ranks, summed
@@ -21,7 +21,7 @@ from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .guards import without_autocast
 from .health import Health
 from .intake import Intake
-from .layers.survey import Layer, survey
+from .layers.survey import Layer
 from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
@@ -132,14 +132,7 @@ class KFAC:
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        fresh = survey(self._model, self._rules)
-        changed = [name for name, layer in fresh.layers.items() if self.layers.get(name) != layer]
-        found = Coverage(fresh.rows).without(
-            _parameters(fresh.layers, changed), "changed since it was wrapped", "kfac.refresh()"
-        )
-        silent = [name for name in self._intake.missing if name in fresh.layers]
-        reason, remedy = "no score has reached its layer", "see the warning after the first capture, or exclude it"
-        return found.without(_parameters(fresh.layers, silent), reason, remedy)
+        return coverage_of_wrapped(self._model, self._rules, self.layers, self._intake.missing)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
@@ -282,7 +275,9 @@ class KFAC:
             average=self._average,
             inverses=self._inverses,
             health=self._health,
-            numbers={"step": self.step, "seed": self._intake.draws.seed},
+            gathered=self._intake.gathered,
+            draws=self._intake.draws,
+            step=self.step,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -295,7 +290,7 @@ class KFAC:
         self._average, self._inverses = loaded.average, loaded.inverses
         self._health = loaded.health
         self._clock = Clock(self.schedule, loaded.step)
-        self._intake.restart(loaded.seed)
+        self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -408,8 +403,3 @@ class KFAC:
         if inverse is not None and (inverse.device, inverse.dtype) != (like.device, dtype):
             inverse = self._inverses[name] = inverse.to(like.device).to(dtype)
         return inverse
-
-
-def _parameters(layers: Mapping[str, Layer], names: Iterable[str]) -> list[str]:
-    """The names of the parameters of the layers named."""
-    return [parameter for name in names for parameter in layers[name].layout.names]

@@ -61,7 +61,7 @@ def require_unchanged(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], 
     changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
     if changed:
         raise ModelChangedError(
-            f"{len(changed)} layers of {type(model).__name__} are no longer what was wrapped (replaced, resized, frozen, "
-            f"unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such a change; it keeps what "
-            f"still fits."
+            f"{len(changed)} layers of {type(model).__name__} are no longer what was wrapped (replaced, resized, "
+            f"frozen, unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such a change; it "
+            f"keeps what still fits."
         )
