@@ -25,6 +25,7 @@ from .preconditioner import KFAC
 from .schedules import Schedule
 from .structures import Block, EigenBlock, Fisher, KroneckerBlock
 from .trust_region import KLClip
+from .wrapping import detach
 
 try:
     __version__ = version("kfac-cond")
@@ -58,5 +59,6 @@ __all__ = [
     "Schedule",
     "StateError",
     "coverage",
+    "detach",
     "estimate",
 ]

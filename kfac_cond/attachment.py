@@ -32,6 +32,9 @@ class Stepper(Protocol):
     def paused(self) -> AbstractContextManager[None]:
         """A context in which nothing of it happens."""
 
+    def remove(self) -> None:
+        """Take its hooks off the model and the optimizers."""
+
     def captures_now(self) -> bool:
         """Whether this step takes in factors or refreshes inverses."""
 
@@ -76,6 +79,11 @@ class Attachments:
 
     def add(self, *optimizers: Optimizer) -> None:
         """Attach to optimizers; to one that is attached already, nothing happens."""
+        if not optimizers:
+            raise AttachError(
+                "attach() got no optimizer: pass those whose steps are to be preconditioned, attach(optimizer). With "
+                "any other stepper call kfac.update(outputs) after the forward, kfac.precondition() before the step."
+            )
         found = [_unwrapped(optimizer) for optimizer in optimizers]
         for optimizer in found:
             self._check(optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .checks import check_module
 from .layers.survey import Layer, Row, survey
 
 
@@ -93,7 +94,11 @@ def coverage(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None 
 
     Returns:
         The table; ``print`` it, or read ``.share`` and ``.rows``.
+
+    Raises:
+        ArgumentError: not a module, or rules that do not fit it.
     """
+    check_module(model)
     return Coverage(survey(model, rules).rows)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .checks import is_damping, is_number
 from .errors import ArgumentError
 from .linalg.damping import relative_damping
 
@@ -40,7 +40,9 @@ class Damping:
             _checked(self.value, "damping")
         if self.rule not in ("factored", "exact"):
             raise ArgumentError(f"Damping(rule={self.rule!r}): expected 'factored' or 'exact'")
-        if not self.floor > 0:
+        if not isinstance(self.relative, bool):
+            raise ArgumentError(f"Damping(relative={self.relative!r}): expected True or False")
+        if not (is_number(self.floor) and self.floor > 0):
             raise ArgumentError(f"Damping(floor={self.floor!r}): expected a positive number")
 
     def at(self, step: int) -> float:
@@ -61,7 +63,7 @@ def as_damping(damping: Damping | float | Callable[[int], float]) -> Damping:
 
 
 def _checked(value: object, what: str) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf"):
+    if is_damping(value):
         return float(value)
     raise ArgumentError(
         f"{what} = {value!r}: expected a finite number >= 0, a callable of the step, or kc.Damping(...)"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_seed
 from .errors import ArgumentError, CaptureError
 
 Pick = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
@@ -47,6 +48,7 @@ class Data:
                 raise ArgumentError(
                     f"Data({name}=...): found {type(value).__name__}, expected a callable of (args, kwargs, outputs)"
                 )
+        check_seed(self.seed, "Data")
 
     def pick_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Tensor:
         """The tensor that parametrises p."""
@@ -119,6 +121,11 @@ def call_model(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Tensor):
         return model(_moved(batch, device)), None
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        if len(batch) > 2:
+            raise ArgumentError(
+                f"a batch is {_described(batch)}: expected (inputs, labels). Yield those two, or a mapping of keyword "
+                f"arguments where the model takes more than one input."
+            )
         return model(_moved(batch[0], device)), _moved(batch[1], device) if len(batch) > 1 else None
     if isinstance(batch, Mapping):
         inputs = {key: _moved(value, device) for key, value in batch.items()}

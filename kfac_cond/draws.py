@@ -21,7 +21,7 @@ class Draws:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.seed = torch.initial_seed() if seed is None else int(seed)
         self._step = -1
         self._streams: dict[tuple[int, torch.device], torch.Generator] = {}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, gathered
+from .checks import are_tensors, check_module, check_seed, described, settings_of
 from .data import Data, call_model, leading_dimension
 from .draws import Draws
 from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
@@ -50,6 +51,20 @@ class Options:
     draws: Iterable[Sequence[Tensor]] | None = None
     progress: bool | None = None
     data: Data | None = None
+
+    def __post_init__(self) -> None:
+        patterns = [self.layers] if isinstance(self.layers, str) else self.layers
+        fits = isinstance(patterns, Sequence) and all(isinstance(one, str) for one in patterns)
+        if not (patterns is None or fits):
+            raise ArgumentError(f"Options(layers={self.layers!r}): expected a pattern, a list of patterns, or None")
+        check_seed(self.seed, "Options")
+        if not (self.draws is None or isinstance(self.draws, Iterable)):
+            raise ArgumentError(
+                f"Options(draws=...) is {described(self.draws)}: expected a list of label tensors for each batch"
+            )
+        if self.progress not in (None, True, False):
+            raise ArgumentError(f"Options(progress={self.progress!r}): expected True, False, or None for a terminal")
+        settings_of(self.data, Data, "Options.data")
 
 
 def estimate(
@@ -97,13 +112,15 @@ def estimate(
     Source: Martens & Grosse 2015 (arXiv:1503.05671), section 3; Martens 2020 (arXiv:1412.1193), section 9 for the exact
     expectation.
     """
-    options = options or Options()
+    options = settings_of(options, Options, "options")
     _check(model, structure, kind, samples, options)
+    if not callable(data):
+        _checked(data)
     layers = _wanted(model, options)
     single = _Pass(model, layers, as_likelihood(likelihood, heard=False), kind, samples, options)
     total: Statistics | None = None
     with single.listening():
-        batches = data() if callable(data) else data
+        batches = _checked(data() if callable(data) else data)
         # Closed even after an exception, which would leave a progress bar on the terminal.
         with closing(tracked(batches, description="Fisher", show=options.progress)) as shown:
             for number, batch in enumerate(shown):
@@ -111,12 +128,12 @@ def estimate(
                 total = statistics if total is None else total.merged(statistics)
     if total is None:
         raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
+    single.require_all_drawn()
     return single.fisher(total)
 
 
 def _check(model: nn.Module, structure: str, kind: str, samples: int, options: Options) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
+    check_module(model)
     if structure != "kfac":
         raise ArgumentError(f"structure={structure!r}: expected 'kfac'")
     if kind not in ("sampled", "exact"):
@@ -127,8 +144,26 @@ def _check(model: nn.Module, structure: str, kind: str, samples: int, options: O
         raise ArgumentError("kind='exact' draws no labels: leave out samples and draws")
 
 
+def _checked(data: Any) -> Iterable[Any]:
+    """The same data, unless they are one batch: the rows of a tensor, or the keys of a mapping, would pass for some."""
+    if isinstance(data, Tensor | Mapping):
+        raise ArgumentError(f"data is {described(data)}, which is one batch: expected batches, pass [x]")
+    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise ArgumentError(
+            f"data is {described(data)}: expected batches (a list, a loader), or a function that yields them"
+        )
+    batches: Iterable[Any] = data
+    return batches
+
+
 def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     found = survey(model, options.rules).layers
+    for pattern, rule in (options.rules or {}).items():
+        if rule.get("damping") is not None:
+            raise ArgumentError(
+                f"rules['{pattern}']: damping={rule['damping']!r} means nothing here, since kc.estimate inverts "
+                f"nothing: leave it out, and give it where you do, fisher.solve(v, damping=...)"
+            )
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in found):
@@ -220,9 +255,18 @@ class _Pass:
         drawn = next(self.injected, None)
         if drawn is None:
             raise ArgumentError("Options(draws=...) has fewer entries than the data have batches")
+        if not (isinstance(drawn, Tensor) or are_tensors(drawn)):
+            raise ArgumentError(
+                f"Options(draws=...) has {described(drawn)} for a batch: expected a list of label tensors, one a draw"
+            )
         for labels in drawn:
             invalid = invalid | bound.invalid_labels(outputs, labels)
         return sampled_scores(bound, outputs, draws=drawn), invalid
+
+    def require_all_drawn(self) -> None:
+        """Refuse injected draws of which some are left when the data are over."""
+        if self.injected is not None and next(self.injected, None) is not None:
+            raise ArgumentError("Options(draws=...) has more entries than the data have batches")
 
     def _check_usable(self, number: int, statistics: Statistics, invalid: Tensor) -> None:
         if statistics.finite.is_meta or bool(statistics.finite):

@@ -16,6 +16,9 @@ class Owner(Protocol):
     def paused(self) -> AbstractContextManager[None]:
         """A context in which its hooks do nothing."""
 
+    def remove(self) -> None:
+        """Take its hooks off."""
+
 
 class Hook:
     """A callable for ``register_*_hook`` that does nothing once its model has been copied or pickled.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, gathered
+from .checks import check_update
 from .data import Data
 from .draws import Draws
-from .errors import CaptureError, LikelihoodError
+from .errors import AttachError, CaptureError, LikelihoodError
 from .health import Flags
 from .hooks import Owner
 from .layers.survey import Layer
@@ -59,6 +60,7 @@ class Intake:
         self._capture: Capture | None = None
         self._heard_alone = False
         self._named_missing = False
+        self._stopped = False
         self._reached: set[str] = set()
         self._pending: Statistics | None = None
         self._flags = Flags()
@@ -68,6 +70,14 @@ class Intake:
         """The hooks on the model."""
         assert self._capture is not None
         return self._capture
+
+    @property
+    def source(self) -> str:
+        """Where outputs come from, in words."""
+        if self.explicit:
+            return "of outputs given to update()"
+        criterion = self.listener.criterion
+        return f"heard at the calls of {type(criterion).__name__}" if criterion is not None else "heard at the forward"
 
     @property
     def pending(self) -> bool:
@@ -90,13 +100,26 @@ class Intake:
         )
         self._capture.install()
 
+    def require_on_model(self) -> None:
+        """Refuse to go on once the hooks were taken off.
+
+        Raises:
+            AttachError: they were.
+        """
+        if self._stopped:
+            raise AttachError(
+                "this KFAC was removed from its model: make a new one, kc.KFAC(model, ...), and hand it the state of "
+                "this one with load_state_dict where it is to go on. To stop for a while only, use kfac.paused()."
+            )
+
     def start(self) -> None:
         """Listen to the criterion or the forward from now on, unless updates are explicit."""
         if not self.explicit:
             self.listener.start()
 
     def stop(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off, for good."""
+        self._stopped = True
         self.capture.remove()
         self.listener.stop()
         self._drop()
@@ -112,6 +135,13 @@ class Intake:
         self._pending, self._flags = gathered or (None, Flags())
         self._heard_alone = False
         self.capture.forget()
+
+    def refuse_silence(self, *, allowed: bool) -> None:
+        """Raise where a due step has a forward whose outputs nobody told of, or none at all and that is not allowed."""
+        forwards = bool(self.capture.waiting)
+        # By hand one may leave steps out, but not forget the forward that was captured for one.
+        if not (self.explicit and allowed and not forwards):
+            raise self.listener.nothing_heard(forwards=forwards, explicit=self.explicit)
 
     def take(self) -> tuple[Statistics, Flags] | None:
         """The same as ``gathered``, which is then empty."""
@@ -162,6 +192,8 @@ class Intake:
 
     def update(self, outputs: Tensor, *, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
         """Gather from one forward's outputs; see ``KFAC.update``."""
+        check_update(outputs, targets, draws)
+        self.require_on_model()
         if self._due():
             self._gather(outputs, targets, draws)
         self.explicit = True

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
+from .checks import checked_rules, settings_of
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
@@ -26,7 +27,7 @@ from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
-from .trust_region import LayerUpdate, TrustRegion
+from .trust_region import LayerUpdate, TrustRegion, as_trust_region
 from .wrapping import covering, refuse_wrapped, require_unchanged
 
 
@@ -85,10 +86,10 @@ class KFAC:
         if structure != "kfac":
             raise ArgumentError(f"structure={structure!r}: KFAC trains with 'kfac'")
         self.damping = as_damping(damping)
-        self.schedule = schedule or Schedule()
-        self.trust_region = trust_region
+        self.schedule = settings_of(schedule, Schedule, "schedule")
+        self.trust_region = as_trust_region(trust_region)
         self._model = model
-        self._rules = dict(rules or {})
+        self._rules = checked_rules(rules)
         self._survey = covering(model, self._rules)
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
@@ -102,7 +103,7 @@ class KFAC:
         self._intake = Intake(
             model,
             likelihood,
-            data or Data(),
+            settings_of(data, Data, "data"),
             owner=self,
             due=self._due,
             forward_due=self._forward_due,
@@ -164,7 +165,7 @@ class KFAC:
         lines = (
             f"KFAC of {type(self._model).__name__}: {len(self.layers)} layers, {100 * table.share:.1f} % of "
             f"{table.parameters:,} trainable numbers",
-            f"likelihood {listener.likelihood!r}, {self._source()}",
+            f"likelihood {listener.likelihood!r}, {self._intake.source}",
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
             f"{self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
@@ -172,13 +173,6 @@ class KFAC:
             f"{self._health.skipped_captures} captures left out",
         )
         return "\n  ".join(lines)
-
-    def _source(self) -> str:
-        """Where outputs come from, in words."""
-        if self._intake.explicit:
-            return "of outputs given to update()"
-        criterion = self._intake.listener.criterion
-        return f"heard at the calls of {type(criterion).__name__}" if criterion is not None else "heard at the forward"
 
     # -- what a user calls --------------------------------------------------------------------------------------------
 
@@ -191,8 +185,10 @@ class KFAC:
         nothing; what was captured of it counts with the next one's, at the same parameters.
 
         Raises:
-            AttachError: not a torch optimizer, one without covered parameters, or one that steps inside backward.
+            AttachError: none, no torch optimizer, one without covered parameters, or one that steps inside backward;
+                or this KFAC was removed.
         """
+        self._intake.require_on_model()
         self._attachments.add(*optimizers)
         self._intake.start()
 
@@ -210,6 +206,8 @@ class KFAC:
             draws: labels in place of the sampled ones: one tensor, or one for each draw.
 
         Raises:
+            ArgumentError: one of them is no tensor.
+            AttachError: this KFAC was removed.
             CaptureError: outputs that no captured forward computed, that were used already, or whose graph is freed.
             LikelihoodError: outputs, targets or draws that do not fit the likelihood.
         """
@@ -254,6 +252,7 @@ class KFAC:
 
     def refresh(self) -> None:
         """Look at the model again after layers were added, replaced, frozen or unfrozen; keep what still fits."""
+        self._intake.require_on_model()
         fresh = covering(self._model, self._rules)
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
         for name in changed:
@@ -365,18 +364,11 @@ class KFAC:
             self._average.update(statistics, decay=decay)
             self._intake.name_missing()
         elif self._factors_due():
-            self._refuse_silence()
+            self._intake.refuse_silence(allowed=bool(self._average.ready))
         waiting = set(self._average.ready) - self._inverses.keys() - self._unused
         if self._clock.inverses_due() or waiting:
             self._refresh_inverses()
         self._clock.taken_in = True
-
-    def _refuse_silence(self) -> None:
-        """Raise where a due step has a forward whose outputs nobody told of, or none at all."""
-        explicit, forwards = self._intake.explicit, bool(self._intake.capture.waiting)
-        # By hand one may leave steps out, but not forget the forward that was captured for one.
-        if not (explicit and self._average.ready and not forwards):
-            raise self._intake.listener.nothing_heard(forwards=forwards, explicit=explicit)
 
     def _refresh_inverses(self) -> None:
         if not self._health.read(first=not self._inverses):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 from torch import Tensor
 
+from .checks import is_number, is_whole
 from .errors import ArgumentError
 
 #: A period in steps, a callable of the step that says whether it is due, or None for never.
@@ -37,7 +37,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("factors", "inverses"):
             value = getattr(self, name)
-            if value is not None and not callable(value) and not (_is_whole(value) and value >= 1):
+            if value is not None and not callable(value) and not (is_whole(value) and value >= 1):
                 raise ArgumentError(
                     f"Schedule({name}={value!r}): expected a number of steps >= 1, a callable of the step, or None for "
                     f"never"
@@ -48,7 +48,7 @@ class Schedule:
             )
         for name, least in (("warmup", 0), ("patience", 1)):
             value = getattr(self, name)
-            if not (_is_whole(value) and value >= least):
+            if not (is_whole(value) and value >= least):
                 raise ArgumentError(f"Schedule({name}={value!r}): expected a whole number >= {least}")
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Schedule:
         """Whether the inverses are refreshed at ``step``."""
         if _due(self.inverses, step):
             return True
-        if step >= self.warmup or not (isinstance(self.factors, int) and isinstance(self.inverses, int)):
+        if step >= self.warmup or not (is_whole(self.factors) and is_whole(self.inverses)):
             return False
         multiple, rest = divmod(step, self.factors)
         return rest == 0 and multiple & (multiple - 1) == 0
@@ -127,11 +127,7 @@ class Clock:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return is_number(value) and 0 <= value < 1
 
 
 def _due(when: When, step: int) -> bool:

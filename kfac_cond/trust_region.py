@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .checks import described, is_number
 from .errors import ArgumentError
 
 
@@ -36,14 +37,17 @@ class TrustRegion(Protocol):
 
 @dataclass(frozen=True)
 class KLClip:
-    """Bound the KL divergence of a step: scale by nu = min(1, sqrt(2 max_kl / sum_l rate^2 u^T g)).
+    """Bound the KL divergence of an update: scale by nu = min(1, sqrt(2 max_kl / sum_l rate^2 u^T g)).
 
     KL(p_theta || p_{theta + delta}) = 1/2 delta^T F delta to second order, with delta = -nu rate u. With
     u = (F + damping)^-1 g the damped form u^T (F + damping) u is u^T g: it costs one inner product and is never less
     than u^T F u, so the bound holds. Widely used code leaves out the 1/2, and so clips at half of what it says.
 
+    The update is what the optimizer is handed. Plain SGD steps by just that; momentum beta adds up to 1 / (1 - beta) of
+    them, with up to the square of that as KL; an optimizer that rescales gradients, as Adam does, is not bounded.
+
     Args:
-        max_kl: largest KL of one step, per loss term, in nats.
+        max_kl: largest KL of one update, per loss term, in nats.
 
     Source: Ba, Grosse & Martens 2017 (Distributed second-order optimization using Kronecker-factored approximations),
     section 5; the 1/2 as in Martens 2020 (arXiv:1412.1193), section 6.
@@ -52,7 +56,7 @@ class KLClip:
     max_kl: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.max_kl > 0:
+        if not (is_number(self.max_kl) and self.max_kl > 0):
             raise ArgumentError(f"KLClip(max_kl={self.max_kl!r}): expected a positive number of nats")
 
     def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
@@ -67,3 +71,15 @@ class KLClip:
         # A sum that is not positive is round-off around zero: nothing to shorten.
         nu = (2 * self.max_kl / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
         return nu.clamp(max=1.0)
+
+
+def as_trust_region(value: object) -> TrustRegion | None:
+    """A trust region, or None for none, from what a user passes for it.
+
+    Raises:
+        ArgumentError: a number, which does not say what it bounds, a class, or anything else without ``scale``.
+    """
+    if value is None or (not isinstance(value, type) and callable(getattr(value, "scale", None))):
+        return cast("TrustRegion | None", value)
+    remedy = f"pass kc.KLClip({value!r})" if is_number(value) else "expected kc.KLClip(max_kl), or None"
+    raise ArgumentError(f"trust_region is {described(value)}: {remedy}; any object with scale(updates) will do")

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ArgumentError, AttachError, CoverageError, ModelChangedError
+from .checks import check_module
+from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
 from .layers.survey import Layer, Survey, survey
@@ -20,13 +21,36 @@ def refuse_wrapped(model: nn.Module, kind: type) -> None:
         ArgumentError: not a module.
         AttachError: the model, or a part of it, is wrapped.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
+    check_module(model)
     if any(isinstance(owner, kind) for owner in hook_owners(model)):
         raise AttachError(
             f"this {type(model).__name__} is already wrapped by a {kind.__name__}: use that one, or call its remove() "
-            f"first"
+            f"first. Where it is lost, as after a notebook cell that ran twice, kc.detach(model) takes it off."
         )
+
+
+def detach(model: nn.Module) -> None:
+    """Take whatever KFAC there is off ``model``, for when the object itself is lost; where there is none, do nothing.
+
+    It is what the ``remove()`` of that KFAC does: its hooks on the model, the criterion and the optimizers are gone.
+
+    Args:
+        model: the wrapped module, or one that a wrapped module contains or is part of.
+
+    Raises:
+        ArgumentError: not a module.
+
+    Examples:
+        >>> import torch, kfac_cond as kc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> kfac = kc.KFAC(model, "categorical")
+        >>> del kfac
+        >>> kc.detach(model)
+        >>> kfac = kc.KFAC(model, "categorical")
+    """
+    check_module(model)
+    for owner in list(hook_owners(model)):
+        owner.remove()
 
 
 def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey:

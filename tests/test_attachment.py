@@ -381,3 +381,11 @@ def test_the_optimizer_s_own_state_round_trips_while_attached():
     optimizer.load_state_dict(optimizer.state_dict())
     train(model, criterion, optimizer, data[1:])
     assert kfac.step == 2
+
+
+def test_attach_without_an_optimizer_is_refused_and_listens_to_nothing():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    kfac = kc.KFAC(model, criterion)
+    with pytest.raises(kc.AttachError, match=r"got no optimizer: .*attach\(optimizer\)"):
+        kfac.attach()
+    assert not (criterion._forward_hooks or criterion._forward_pre_hooks)

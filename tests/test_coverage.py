@@ -54,7 +54,7 @@ def test_what_is_covered():
         ("raw", "Zoo", "no Kronecker form"),
         ("attention.in_proj_weight", "MultiheadAttention", "no Kronecker form"),
         ("attention.out_proj.weight", "NonDynamicallyQuantizableLinear", "no Kronecker form"),
-        ("embedding.weight", "Embedding", "'embedding.weight', which plays another role"),
+        ("embedding.weight", "Embedding", "'head.weight' and 'embedding.weight' are one weight in two roles"),
         ("weight_norm.bias", "ParametrizedLinear", "parametrization"),
     ],
 )
@@ -158,3 +158,25 @@ def test_a_layer_that_never_fired_is_not_covered():
     kfac.precondition()
     assert (before, kfac.coverage().share) == (1.0, 0.5)
     assert [row.path for row in kfac.coverage().rows if not row.covered] == ["idle.weight", "idle.bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"model": 5}, r"model is 5: expected a torch\.nn\.Module"),
+        ({"model": nn.Linear}, "model is the class Linear"),
+        ({"model": nn.Linear(2, 2), "rules": 3}, "rules is 3"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, match):
+    with pytest.raises(kc.ArgumentError, match=match):
+        kc.coverage(**arguments)
+
+
+def test_a_forward_that_was_replaced_after_wrapping_is_in_the_table():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    kfac = kc.KFAC(model, "categorical")
+    model[0].forward = lambda x: x
+    found = {row.path: row for row in kfac.coverage().rows}
+    assert not found["0.weight"].covered
+    assert "replaced on this instance" in found["0.weight"].reason

@@ -66,7 +66,17 @@ def test_a_callable_that_gives_none_is_refused_with_its_step(value):
         kc.Damping(lambda step: value).at(5)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"rule": "exactly"}, "rule='exactly'"), ({"floor": 0.0}, "floor=0.0")])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"rule": "exactly"}, "rule='exactly'"),
+        ({"floor": 0.0}, "floor=0.0"),
+        ({"floor": "a"}, "floor='a'"),
+        ({"floor": float("nan")}, "floor=nan"),
+        ({"floor": True}, "floor=True"),
+        ({"relative": "yes"}, "relative='yes'"),
+    ],
+)
 def test_other_settings_out_of_range_are_refused_by_name(options, name):
     with pytest.raises(kc.ArgumentError, match=name):
         kc.Damping(0.1, **options)

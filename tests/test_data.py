@@ -33,6 +33,12 @@ def test_a_pick_must_be_callable(name):
         kc.Data(**{name: MASK})
 
 
+@pytest.mark.parametrize("seed", ["a", 1.5, True])
+def test_a_seed_must_be_a_whole_number(seed):
+    with pytest.raises(kc.ArgumentError, match=r"Data\(seed="):
+        kc.Data(seed=seed)
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda h: h, lambda h: {"logits": h}, lambda h: UserDict(logits=h), lambda h: SimpleNamespace(logits=h)]
 )
@@ -122,6 +128,12 @@ def test_a_batch_is_passed_as_its_form_says(batch, args, kwargs, labels):
     assert all(a is b for a, b in zip(given_args, args, strict=True))
     assert list(given_kwargs) == list(kwargs)
     assert found is labels
+
+
+@pytest.mark.parametrize("batch", [(X, Y, Y), [X, Y, 3], (X, Y, None)])
+def test_a_batch_of_more_than_inputs_and_labels_is_refused(batch):
+    with pytest.raises(kc.ArgumentError, match=r"expected \(inputs, labels\)"):
+        call_model(Echo(), batch)
 
 
 class OnlyX(Echo):

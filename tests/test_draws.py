@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,11 @@ def test_the_same_numbers_whenever_a_step_comes(seed, step):
 def test_other_seeds_and_steps_give_other_numbers(one, other):
     found = [numbers(Draws(seed), step=step)[0] for seed, step in (one, other)]
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_a_seed_of_numpy_is_a_seed(kind):
+    assert torch.equal(numbers(Draws(kind(4)), step=0)[0], numbers(Draws(4), step=0)[0])
 
 
 def test_draws_of_one_step_differ():

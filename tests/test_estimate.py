@@ -199,11 +199,53 @@ def test_exact_refuses_flattened_outputs_whose_positions_may_mix():
         ({"kind": "exact", "samples": 2}, "draws no labels"),
         ({"kind": "exact", "options": kc.Options(draws=[])}, "draws no labels"),
         ({"options": kc.Options(draws=[])}, "fewer entries"),
+        ({"options": kc.Options(draws=[[torch.zeros(2, dtype=torch.long)]] * 2)}, "more entries"),
+        ({"options": kc.Options(rules={"0": {"damping": 0.1}})}, r"rules\['0'\]: damping=0\.1 means nothing here"),
+        ({"options": kc.Options(rules={"0": {"structure": "ekfac"}})}, "structure='ekfac'"),
+        ({"options": kc.Options(draws=[5])}, "has 5 for a batch: expected a list of label tensors"),
+        ({"options": kc.Options(draws=[[5]])}, r"has list of \['int'\] for a batch"),
+        ({"options": kc.Options(draws=[[]])}, r"has list of \[\] for a batch"),
+        ({"options": kc.Options(rules=5)}, "rules is 5"),
+        ({"options": 3}, r"options is 3: expected kc\.Options"),
+        ({"options": {"seed": 3}}, r"options is dict: expected kc\.Options"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, match):
     with pytest.raises(kc.ArgumentError, match=match):
         kc.estimate(classifier(), [torch.randn(2, 3)], "categorical", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (torch.randn(2, 3), r"a tensor of shape \(2, 3\), which is one batch: expected batches, pass \[x\]"),
+        ({"x": torch.randn(2, 3)}, r"dict, which is one batch"),
+        (lambda: torch.randn(2, 3), r"a tensor of shape \(2, 3\), which is one batch"),
+        (5, "data is 5: expected batches"),
+        (None, "data is NoneType: expected batches"),
+        (lambda: None, "data is NoneType: expected batches"),
+    ],
+)
+def test_data_that_are_no_batches_are_refused(data, match):
+    with pytest.raises(kc.ArgumentError, match=match):
+        kc.estimate(classifier(), data, "categorical")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"layers": 5}, "layers=5"),
+        ({"layers": [5]}, r"layers=\[5\]"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"seed": 1.5}, r"seed=1\.5"),
+        ({"draws": 5}, r"draws=...\) is 5"),
+        ({"progress": "yes"}, "progress='yes'"),
+        ({"data": {"seed": 3}}, r"Options\.data is dict"),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options, name):
+    with pytest.raises(kc.ArgumentError, match=name):
+        kc.Options(**options)
 
 
 def test_something_else_than_a_module_is_refused():

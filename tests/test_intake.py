@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -186,3 +187,41 @@ def test_a_trust_region_needs_the_learning_rate():
     backward_of(kfac, model, inputs, labels)
     with pytest.raises(kc.ArgumentError, match="lr="):
         kfac.precondition()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"outputs": 5}, r"update\(outputs\) got 5: expected the tensor"),
+        ({"outputs": {"logits": torch.zeros(8, 2)}}, r"got dict: .*output\.logits"),
+        ({"targets": 5}, r"update\(targets=...\) got 5"),
+        ({"targets": [0, 1]}, r"update\(targets=...\) got list of \['int', 'int'\]"),
+        ({"draws": 5}, r"update\(draws=...\) got 5"),
+        ({"draws": []}, r"update\(draws=...\) got list of \[\]: .*at least one"),
+        ({"draws": [0, 1]}, r"update\(draws=...\) got list of \['int', 'int'\]"),
+    ],
+)
+@pytest.mark.parametrize("due", [True, False])
+def test_arguments_of_update_that_are_no_tensors_are_refused_and_nothing_is_changed(due, arguments, match):
+    model, criterion = network(), nn.CrossEntropyLoss()
+    kfac = kc.KFAC(model, criterion, schedule=EVERY_STEP)
+    kfac.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    outputs = model(batches(1)[0][0])
+    with pytest.raises(kc.ArgumentError, match=match), contextlib.nullcontext() if due else kfac.paused():
+        kfac.update(**{"outputs": outputs, **arguments})
+    assert "heard at the calls of CrossEntropyLoss" in str(kfac)
+    assert kfac.state_dict()["layers"]["0"]["average"] == {}
+
+
+@pytest.mark.parametrize("call", ["attach", "update", "refresh"])
+def test_after_remove_it_is_refused_with_what_to_do(call):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, "categorical")
+    kfac.attach(optimizer)
+    kfac.remove()
+    argument = {"attach": [optimizer], "update": [torch.zeros(2, 2)], "refresh": []}[call]
+    with pytest.raises(kc.AttachError, match=r"was removed from its model: make a new one, kc\.KFAC\(model"):
+        getattr(kfac, call)(*argument)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks

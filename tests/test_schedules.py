@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +42,7 @@ def test_due_steps(what, when, expected):
         ({"factors": 1, "inverses": 100, "warmup": 10}, [0, 1, 2, 4, 8]),
         ({"factors": 2, "inverses": 100, "warmup": 9}, [0, 2, 4, 8]),
         ({"factors": 2, "inverses": 100, "warmup": 8}, [0, 2, 4]),
+        ({"factors": np.int64(1), "inverses": np.int64(100), "warmup": 10}, [0, 1, 2, 4, 8]),
         ({"factors": 1, "inverses": 3, "warmup": 3}, [0, 1, 2, 3, 6, 9]),
         ({"factors": 1, "inverses": None, "warmup": 10}, []),
         ({"factors": None, "inverses": 6, "warmup": 10}, [0, 6]),
@@ -74,6 +76,8 @@ def test_a_callable_decay_out_of_range_is_refused_with_its_step(given_decay):
         ({"decay": 1.0}, r"decay=1\.0"),
         ({"decay": -0.5}, r"decay=-0\.5"),
         ({"decay": "0.9"}, r"decay='0\.9'"),
+        ({"decay": float("nan")}, "decay=nan"),
+        ({"warmup": 1.5}, r"warmup=1\.5"),
         ({"warmup": -1}, "warmup=-1"),
         ({"patience": 0}, "patience=0"),
     ],

@@ -68,7 +68,7 @@ def test_it_runs_on_the_meta_device():
     assert kc.KLClip(1e-3).scale(updates).shape == ()
 
 
-@pytest.mark.parametrize("max_kl", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("max_kl", [0.0, -1.0, float("nan"), "a", None, True])
 def test_a_bound_that_is_not_positive_is_refused(max_kl):
     with pytest.raises(kc.ArgumentError, match=r"KLClip\(max_kl="):
         kc.KLClip(max_kl)
@@ -146,3 +146,27 @@ def test_one_factor_multiplies_all_layers():
         kfac.precondition(lr=0.1)
         found.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
     assert_same(found[1], found[0] * kfac.metrics()["kfac/trust_region_scale"])
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (1e-3, r"trust_region is 0\.001: pass kc\.KLClip\(0\.001\)"),
+        (1, r"pass kc\.KLClip\(1\)"),
+        ("kl", r"trust_region is 'kl': expected kc\.KLClip"),
+        (True, r"trust_region is True: expected kc\.KLClip"),
+        (kc.KLClip, "the class KLClip"),
+    ],
+)
+def test_what_is_no_trust_region_is_refused(value, match):
+    with pytest.raises(kc.ArgumentError, match=match):
+        kc.KFAC(network(), "categorical", trust_region=value)
+
+
+def test_any_object_with_scale_is_a_trust_region():
+    class Half:
+        def scale(self, updates: object) -> Tensor:
+            return torch.tensor(0.5)
+
+    half = Half()
+    assert kc.KFAC(network(), "categorical", trust_region=half).trust_region is half

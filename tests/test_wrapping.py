@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -104,14 +105,41 @@ def test_after_remove_the_model_can_be_wrapped_anew():
     assert kc.KFAC(model, "categorical").step == 0
 
 
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model[0], nn.Sequential])
+def test_a_wrapped_model_whose_kfac_is_lost_is_wrapped_anew_after_detach(part):
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kc.KFAC(model, criterion).attach(optimizer)
+    gc.collect()
+    with pytest.raises(kc.AttachError, match=r"kc\.detach\(model\)"):
+        kc.KFAC(model, criterion)
+    kc.detach(part(model))
+    kc.KFAC(model, criterion, schedule=EVERY_STEP).attach(optimizer)
+    train(model, criterion, optimizer, batches(2))
+
+
+def test_detach_of_a_plain_model_does_nothing():
+    model = network()
+    handle = model[0].register_forward_hook(lambda module, args, output: None)
+    kc.detach(model)
+    assert list(model[0]._forward_hooks) == [handle.id]
+
+
+@pytest.mark.parametrize("model", [None, kc.Data(), nn.Linear])
+def test_detach_of_something_else_is_refused(model):
+    with pytest.raises(kc.ArgumentError, match=r"expected a torch\.nn\.Module"):
+        kc.detach(model)
+
+
+@pytest.mark.parametrize("take_off", [lambda kfac, model: kfac.remove(), lambda kfac, model: kc.detach(model)])
 @pytest.mark.parametrize("attribute", ["_forward_hooks", "_forward_pre_hooks"])
-def test_remove_leaves_no_hook(attribute):
+def test_remove_and_detach_leave_no_hook(attribute, take_off):
     model, criterion = network(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kfac = kc.KFAC(model, criterion)
     kfac.attach(optimizer)
     train(model, criterion, optimizer, batches(1))
-    kfac.remove()
+    take_off(kfac, model)
     assert not any(getattr(module, attribute) for module in [*model.modules(), criterion])
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -129,8 +157,20 @@ def test_a_model_without_a_covered_layer_is_refused(model, reason):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"structure": "shampoo"}, {"damping": -1.0}, {"rules": {"nowhere": {}}}, {"damping": float("nan")}],
-    ids=["structure", "damping", "rules", "nan"],
+    [
+        {"structure": "shampoo"},
+        {"damping": -1.0},
+        {"damping": float("nan")},
+        {"rules": {"nowhere": {}}},
+        {"rules": {"0": 5}},
+        {"rules": {"0": {"structure": "ekfac"}}},
+        {"rules": "head"},
+        {"trust_region": 1e-3},
+        {"schedule": 5},
+        {"schedule": kc.Schedule},
+        {"data": {"seed": 3}},
+    ],
+    ids=str,
 )
 def test_a_refused_argument_leaves_no_hook(arguments):
     model = network()

@@ -18,4 +18,18 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
-__all__ = ["KINDS", "ConvolutionKind", "LayerKind", "LinearKind", "TransposedLinearKind", "WeightLayout", "kind_of"]
+def overridden(module: nn.Module) -> type[nn.Module] | None:
+    """The type that ``module`` would count as, had its class or somebody else not replaced its ``forward``; or None."""
+    return next((base for kind in KINDS if (base := kind.overridden(module)) is not None), None)
+
+
+__all__ = [
+    "KINDS",
+    "ConvolutionKind",
+    "LayerKind",
+    "LinearKind",
+    "TransposedLinearKind",
+    "WeightLayout",
+    "kind_of",
+    "overridden",
+]

@@ -18,8 +18,8 @@ class LayerKind(ABC):
 
     Attributes:
         name: the kind's name in tables.
-        modules: module types of this kind. A subclass of one that overrides ``forward`` is not of this kind, since
-            what its weight means is no longer known.
+        modules: module types of this kind. A subclass of one that overrides ``forward``, or an instance whose
+            ``forward`` was replaced, is not of this kind, since what its weight means is no longer known.
     """
 
     name: ClassVar[str]
@@ -27,7 +27,14 @@ class LayerKind(ABC):
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` computes just what this kind's own module computes."""
-        return any(isinstance(module, base) and type(module).forward is base.forward for base in self.modules)
+        return any(isinstance(module, base) for base in self.modules) and self.overridden(module) is None
+
+    def overridden(self, module: nn.Module) -> type[nn.Module] | None:
+        """The type of this kind that ``module`` is of, where its class or the instance has another ``forward``."""
+        for base in self.modules:
+            if isinstance(module, base) and ("forward" in vars(module) or type(module).forward is not base.forward):
+                return base
+        return None
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """The layer's matrix; ``weight`` and ``bias`` are canonical names, None where absent or frozen."""

@@ -43,12 +43,20 @@ class TransposedLinearKind(LinearKind):
 
     def matches(self, module: nn.Module) -> bool:
         """A module of a class named ``Conv1D``, from transformers, with ``nf`` outputs."""
-        kind = type(module)
-        return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") and hasattr(module, "nf")
+        return _is_conv1d(module) and self.overridden(module) is None
+
+    def overridden(self, module: nn.Module) -> type[nn.Module] | None:
+        """``Conv1D`` itself, where the instance has another ``forward``."""
+        return type(module) if _is_conv1d(module) and "forward" in vars(module) else None
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """The layer's matrix, transposed on the way in and out."""
         return replace(super().layout(module, weight=weight, bias=bias), transposed=True)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") and hasattr(module, "nf")
 
 
 def _positions_in_the_middle(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked_rules, is_damping
 from ..errors import ArgumentError, ModelChangedError
-from . import kind_of
+from . import kind_of, overridden
 from .base import LayerKind
 from .layout import WeightLayout
 from .naming import join, named_modules
@@ -24,7 +25,7 @@ class LayerRule:
     """What may be said of the layers that a pattern names; None leaves the default.
 
     Args:
-        structure: storage of the block.
+        structure: storage of the block; 'kfac', a Kronecker pair, is what there is.
         sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
         damping: this layer's damping in place of the preconditioner's.
         exclude: leave the layer's gradient as it is.
@@ -117,8 +118,7 @@ class _Use:
     attribute: str
 
 
-_NO_FORM = "no Kronecker form for this module type"
-_PLAIN = "its gradient is left as it is"
+_OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
 
 
 def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None) -> Survey:
@@ -133,7 +133,7 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
     """
     modules = list(named_modules(model))
     uses = _uses(modules)
-    settings = _settings(rules or {}, [use.owner for of_one in uses.values() for use in of_one[1]])
+    settings = _settings(checked_rules(rules), [use.owner for of_one in uses.values() for use in of_one[1]])
     layers: dict[str, Layer] = {}
     refused: dict[int, tuple[str, str]] = {}
     taken: set[int] = set()
@@ -185,13 +185,23 @@ def _settings(rules: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[
         unknown = sorted(set(rule) - known)
         if unknown:
             raise ArgumentError(f"rules['{pattern}']: unknown setting {unknown}; known are {sorted(known)}")
-        if rule.get("sharing") not in (None, "expand", "reduce"):
-            raise ArgumentError(f"rules['{pattern}']: sharing={rule['sharing']!r}, expected 'expand' or 'reduce'")
-        damping = rule.get("damping")
-        if damping is not None and not (isinstance(damping, float | int) and damping >= 0):
-            raise ArgumentError(f"rules['{pattern}']: damping={damping!r}, expected a number that is not negative")
+        _check_values(pattern, rule)
         settings.update({name: replace(settings[name], **rule) for name in matched})
     return settings
+
+
+def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
+    """Refuse a value that a setting of a rule cannot have."""
+    fits: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "sharing": (lambda value: value in (None, "expand", "reduce"), "'expand' or 'reduce'"),
+        "damping": (lambda value: value is None or is_damping(value), "a finite number >= 0"),
+        "structure": (lambda value: value in (None, "kfac"), "'kfac'"),
+        "exclude": (lambda value: isinstance(value, bool), "True or False"),
+    }
+    for key, value in rule.items():
+        allowed, expected = fits[key]
+        if not allowed(value):
+            raise ArgumentError(f"rules['{pattern}']: {key}={value!r}, expected {expected}")
 
 
 def _layer(
@@ -204,7 +214,10 @@ def _layer(
     """The layer at ``module``, or (reason, remedy) where it cannot be one."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None:
-        return "its weight is computed from other parameters (a parametrization)", _PLAIN
+        return (
+            "its weight is computed from other parameters (a parametrization)",
+            "torch.nn.utils.parametrize.remove_parametrizations, where it is not needed",
+        )
     sharers = uses[id(weight)][1]
     if any(settings[use.owner].exclude for use in sharers):
         return "excluded by a rule", "remove the rule to cover it"
@@ -216,11 +229,13 @@ def _layer(
             or kind_of(use.module) is not kind
             or use.module._parameters.get("bias") is not bias
         ):
-            path = join(use.owner, use.attribute)
-            return f"its weight is also '{path}', which plays another role or has another bias", _PLAIN
+            pair = _pair(name, "weight", use)
+            if use.attribute == "weight" and kind_of(use.module) is kind:
+                return f"{pair} are one weight with two biases", "tie the biases too, or leave both out (bias=False)"
+            return f"{pair} are one weight in two roles", "untie them"
     if bias is not None and len(uses[id(bias)][1]) != len(sharers):
         other = next(use for use in uses[id(bias)][1] if use.module is not module)
-        return f"its bias is also '{join(other.owner, other.attribute)}', of a layer with another weight", _PLAIN
+        return f"{_pair(name, 'bias', other)} are one bias of two weights", "give each its own bias"
     trains_weight = weight.requires_grad
     trains_bias = bias is not None and bias.requires_grad
     if not (trains_weight or trains_bias):
@@ -231,6 +246,11 @@ def _layer(
         bias=join(name, "bias") if trains_bias else None,
     )
     return Layer(name, kind, tuple(use.module for use in sharers), layout, settings[name])
+
+
+def _pair(name: str, attribute: str, use: _Use) -> str:
+    """The two places of one parameter, which a row of either may name."""
+    return f"'{join(name, attribute)}' and '{join(use.owner, use.attribute)}'"
 
 
 def _refusal(weight: Tensor) -> tuple[str, str] | None:
@@ -252,5 +272,19 @@ def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer | None, refus
     size = 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
     if layer is not None:
         return Row(path, layer.kind.name, size, True)
-    reason, remedy = refused or (_NO_FORM, _PLAIN)
+    reason, remedy = refused or _without_form(first.module, parameter)
     return Row(path, type(first.module).__name__, size, False, reason, remedy)
+
+
+def _without_form(module: nn.Module, parameter: nn.Parameter) -> tuple[str, str]:
+    """Why no kind takes the module that holds a parameter, with the remedy."""
+    if (base := overridden(module)) is not None:
+        where = "on this instance" if "forward" in vars(module) else f"by {type(module).__name__}"
+        return (
+            f"{base.__name__} with its forward replaced {where}",
+            f"put what it adds into a module around a plain {base.__name__}, or write {_OWN_KIND}",
+        )
+    reason = "no Kronecker form for this module type"
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.ndim < 2:
+        return reason, "none needed: a scale or a bias trains well with its plain gradient"
+    return reason, f"nn.Linear or nn.Conv modules in its place, or {_OWN_KIND}"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.layers import ConvolutionKind, LinearKind, TransposedLinearKind, kind_of
+from kfac_cond.layers import ConvolutionKind, LinearKind, TransposedLinearKind, kind_of, overridden
 
 from ..helpers import Apply
 from ..reference import assert_same
@@ -179,6 +179,16 @@ def test_transposed_linear(shape):
     module = conv1d_of_transformers(3, 4)
     assert type(kind_of(module)) is TransposedLinearKind
     assert_gradient_is_made_of_pairs(module, torch.randn(*shape, 3))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: conv1d_of_transformers(3, 4), lambda: nn.Linear(3, 4), lambda: nn.Conv1d(3, 4, 1)]
+)
+def test_a_module_whose_own_forward_was_replaced_is_of_no_kind(make):
+    module = make()
+    before = overridden(module)
+    module.forward = lambda x: x
+    assert (before, overridden(module), kind_of(module)) == (None, type(module), None)
 
 
 def test_transposed_linear_has_the_block_of_its_linear_twin():

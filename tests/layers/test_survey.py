@@ -49,14 +49,14 @@ def test_a_module_held_twice_is_one_layer_with_one_module():
 
 def test_a_tied_weight_with_different_biases_is_not_covered():
     found = reasons(tied(share_bias=False))
-    assert "another bias" in found["0.weight"]
+    assert found["0.weight"] == "'0.weight' and '1.weight' are one weight with two biases"
     assert set(found) == {"0.weight", "0.bias", "1.bias"}
 
 
 def test_a_bias_of_two_weights_is_not_covered():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].bias = model[0].bias
-    assert "'1.bias', of a layer with another weight" in reasons(model)["0.bias"]
+    assert reasons(model)["0.bias"] == "'0.bias' and '1.bias' are one bias of two weights"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,15 @@ def test_a_rule_on_either_name_excludes_a_tied_layer(pattern):
         ({"0": {"shraing": "reduce"}}, r"unknown setting \['shraing'\]"),
         ({"0": {"sharing": "both"}}, "sharing='both'"),
         ({"0": {"damping": -1.0}}, r"damping=-1\.0"),
+        ({"0": {"damping": float("inf")}}, "damping=inf"),
+        ({"0": {"damping": True}}, "damping=True"),
+        ({"0": {"structure": "ekfac"}}, "structure='ekfac', expected 'kfac'"),
+        ({"0": {"exclude": "no"}}, "exclude='no', expected True or False"),
+        ({"0": {"exclude": None}}, "exclude=None, expected True or False"),
+        ({"0": 5}, r"rules\['0'\] is 5: expected dict\("),
+        ({0: {}}, "the pattern 0 is 0: expected a str"),
+        (["0"], r"rules is list of \['str'\]: expected \{pattern"),
+        (5, "rules is 5: expected"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(rules, match):
@@ -118,3 +127,77 @@ def test_a_layer_that_changed_is_named_with_the_remedy(change):
     change(model)
     with pytest.raises(kc.ModelChangedError, match=r"layer '0' .*kfac\.refresh\(\)"):
         layer.check_unchanged()
+
+
+def test_a_rule_may_name_the_structure_there_is():
+    assert list(survey(classifier(), {"*": {"structure": "kfac", "exclude": False}}).layers) == ["0", "2"]
+
+
+class Wide(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * x)
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+def replaced(kind: type[nn.Module] = nn.Linear) -> nn.Module:
+    module = kind(3, 4)
+    plain = module.forward
+    module.forward = lambda x: plain(2 * x)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [
+        (Wide(3, 4), "by Wide"),
+        (replaced(), "on this instance"),
+        (replaced(Renamed), "on this instance"),
+    ],
+)
+def test_a_layer_with_another_forward_is_not_covered_and_says_so(module, where):
+    model = nn.Sequential(module, nn.Linear(4, 2))
+    assert list(survey(model).layers) == ["1"]
+    assert reasons(model)["0.weight"] == f"Linear with its forward replaced {where}"
+
+
+def test_a_subclass_with_the_same_forward_is_covered():
+    assert list(survey(nn.Sequential(Renamed(3, 4))).layers) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "remedy"),
+    [
+        (nn.LayerNorm(4), "0.weight", "none needed"),
+        (nn.ConvTranspose2d(2, 3, 3), "0.weight", "nn.Conv modules in its place"),
+        (nn.ConvTranspose2d(2, 3, 3), "0.bias", "none needed"),
+        (nn.LSTM(2, 3), "0.weight_ih_l0", "a LayerKind of your own"),
+        (nn.MultiheadAttention(4, 2), "0.in_proj_weight", "nn.Linear"),
+        (Wide(3, 4), "0.weight", "around a plain Linear"),
+        (replaced(), "0.bias", "a LayerKind of your own"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "0.bias", "remove_parametrizations"),
+        (nn.LazyLinear(3), "0.weight", "run one forward"),
+        (tied(share_bias=False), "0.0.weight", "tie the biases"),
+    ],
+)
+def test_what_is_not_covered_says_what_to_do(module, path, remedy):
+    row = next(row for row in survey(nn.Sequential(module)).rows if row.path == path)
+    assert not row.covered
+    assert remedy in row.remedy
+
+
+@pytest.mark.parametrize(
+    ("modules", "path", "pair"),
+    [
+        ((nn.Embedding(4, 3), nn.Linear(3, 4)), "0.weight", "'1.weight' and '0.weight'"),
+        ((nn.Embedding(4, 3), nn.Linear(3, 4)), "1.bias", "'1.weight' and '0.weight'"),
+        ((nn.Linear(3, 4), nn.Embedding(4, 3)), "0.weight", "'0.weight' and '1.weight'"),
+        ((nn.Linear(3, 4), nn.Embedding(4, 3)), "0.bias", "'0.weight' and '1.weight'"),
+    ],
+)
+def test_a_tied_embedding_and_its_head_are_both_named(modules, path, pair):
+    model = nn.Sequential(*modules)
+    model[1].weight = model[0].weight
+    assert reasons(model)[path] == f"{pair} are one weight in two roles"
