@@ -333,6 +333,7 @@ def test_interrupted_before_a_run_was_finished(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_half_of_adams_steps_are_enough_on_the_autoencoder(tmp_path: Path) -> None:
     assert cli.main(["demo", "--task", "autoencoder", "--seeds", "1", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "demo.json").read_text())["tasks"]["autoencoder"]["summary"]
