@@ -20,10 +20,11 @@ from .errors import (
     StateError,
 )
 from .estimate import Options, estimate
+from .implicit import Gram, gram, implicit
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC
 from .schedules import Schedule
-from .structures import Block, EigenBlock, Fisher, KroneckerBlock
+from .structures import Block, EigenBlock, Fisher, ImplicitBlock, Iteration, KroneckerBlock, LowRankBlock
 from .trust_region import KLClip
 
 try:
@@ -46,11 +47,15 @@ __all__ = [
     "EigenBlock",
     "Fisher",
     "Gaussian",
+    "Gram",
+    "ImplicitBlock",
+    "Iteration",
     "KFACError",
     "KLClip",
     "KroneckerBlock",
     "Likelihood",
     "LikelihoodError",
+    "LowRankBlock",
     "ModelChangedError",
     "NotReadyError",
     "NumericalError",
@@ -59,4 +64,6 @@ __all__ = [
     "StateError",
     "coverage",
     "estimate",
+    "gram",
+    "implicit",
 ]

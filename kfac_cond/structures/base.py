@@ -33,6 +33,8 @@ class Block(ABC):
 
     layout: WeightLayout
     name: str
+    #: Whether scalars of the block cost iterations, so that a table leaves them out.
+    iterative: bool = False
     # numpy's scalars would otherwise take a block for an array in `np.float64(2) * block`.
     __array_ufunc__ = None
 
