@@ -24,7 +24,16 @@ from .implicit import Gram, gram, implicit
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC
 from .schedules import Schedule
-from .structures import Block, EigenBlock, Fisher, ImplicitBlock, Iteration, KroneckerBlock, LowRankBlock
+from .structures import (
+    Block,
+    EigenBlock,
+    Fisher,
+    ImplicitBlock,
+    Iteration,
+    KroneckerBlock,
+    LowRankBlock,
+    SumBlock,
+)
 from .trust_region import KLClip
 
 try:
@@ -62,6 +71,7 @@ __all__ = [
     "Options",
     "Schedule",
     "StateError",
+    "SumBlock",
     "coverage",
     "estimate",
     "gram",

@@ -129,7 +129,8 @@ class Linearised:
         """
         divisors = []
         with self._undisturbed():
-            for self._number, batch in enumerate(self.data() if callable(self.data) else self.data):
+            for number, batch in enumerate(self.data() if callable(self.data) else self.data):
+                self._number = number
                 divisors.append(visitor(batch))
         if not divisors:
             raise ArgumentError("data yielded no batch: expected at least one")

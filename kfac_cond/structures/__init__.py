@@ -9,6 +9,8 @@ from .inverses import damped_inverses_of
 from .iterative import FunctionBlock, Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
+from .storage import Stored, register_stored
+from .sums import SumBlock
 
 __all__ = [
     "Block",
@@ -21,5 +23,8 @@ __all__ = [
     "IterativeBlock",
     "KroneckerBlock",
     "LowRankBlock",
+    "Stored",
+    "SumBlock",
     "damped_inverses_of",
+    "register_stored",
 ]

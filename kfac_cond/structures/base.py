@@ -164,6 +164,15 @@ class Block(ABC):
 
     __rmul__ = __mul__
 
+    def __add__(self, other: Block) -> Block:
+        """The sum of two blocks of one layer, a ``SumBlock``: its docstring says how each verb is answered."""
+        if not isinstance(other, Block):
+            return NotImplemented
+        # A sum is a block itself, so its module imports this one.
+        from .sums import sum_of
+
+        return sum_of(self, other)
+
     def __repr__(self) -> str:
         size = " x ".join(str(side) for side in self.layout.matrix_shape)
         name = f"'{self.name}', " if self.name else ""

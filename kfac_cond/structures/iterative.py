@@ -48,7 +48,7 @@ class Iteration:
 class IterativeBlock(Block):
     """A block that only its products define.
 
-    ``solve`` is conjugate gradients. ``sqrt``, ``inverse`` and ``inverse_sqrt`` are blocks whose products are iterations.
+    ``solve`` is conjugate gradients. ``sqrt``, ``inverse`` and ``inverse_sqrt`` are blocks whose products iterate.
     ``top_eigenpairs`` is block Lanczos. ``trace``, ``diagonal``, ``frobenius_norm`` and ``logdet`` are stochastic
     estimates, unbiased but for the root in the norm and the steps of the logarithm. ``eigenvalues`` is refused: all P
     of them need the dense matrix.
