@@ -223,8 +223,8 @@ class Linearised:
         if self.forward_mode is None:
             # t^T H t = v^T (J^T H t), unless a module keeps parameters where dual numbers do not get, or outputs are
             # wrapped in something that loses them.
-            left = float((point.tangents.double() * scores.double()).sum())
-            right = sum(float((found[name].double() * v.double()).sum()) for name, v in direction.items())
+            left = float((point.tangents.to(self.dtype) * scores.to(self.dtype)).sum())
+            right = float(self.flat(found) @ self.flat(direction))
             rough = 1e-2 if point.outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
             if abs(left - right) > rough * max(abs(left), abs(right)):
                 return None

@@ -343,6 +343,46 @@ class TestLeavesTheModelAlone:
         assert_same(kc.implicit(model, [x], "categorical", picks=picks).to_dense(), dense)
         assert_same(kc.gram(model, [x], "categorical", picks=picks).fisher().to_dense(), dense)
 
+    def test_class_weights_and_ignored_labels(self):
+        model, x = classifier(), torch.randn(5, 3)
+        y, weight = torch.tensor([0, 2, -100, 1, 2]), torch.tensor([0.5, 1.0, 3.0])
+        likelihood = kc.Categorical(weight=weight, ignore_index=-100)
+        kappa = torch.where(y >= 0, weight[y.clamp(min=0)], 0.0)
+        parts = [
+            brute(model, x[n : n + 1], lambda f, n=n: kappa[n] * categorical_fisher(f), float(kappa.sum()))
+            for n in range(5)
+        ]
+        data = [(x[:2], y[:2]), (x[2:], y[2:])]
+        assert_same(kc.implicit(model, data, likelihood).to_dense(), sum(parts))
+        assert_same(kc.gram(model, data, likelihood).fisher().to_dense(), sum(parts))
+        with pytest.raises(kc.LikelihoodError, match="data labels"):
+            kc.implicit(model, [x], likelihood) @ torch.zeros(31)
+
+    def test_beside_a_preconditioner(self):
+        model, x = classifier(), torch.randn(5, 3)
+        dense = brute(model, x, categorical_fisher, 5)
+        kfac = kc.KFAC(model, "categorical")
+        assert_same(kc.implicit(model, [x], "categorical").to_dense(), dense)
+        assert_same(kc.gram(model, [x], "categorical").fisher().to_dense(), dense)
+        with pytest.raises(kc.NotReadyError):
+            kfac.fisher()
+        kfac.remove()
+
+    def test_half_precision_model(self):
+        model, x = classifier().to(torch.bfloat16), torch.randn(5, 3).to(torch.bfloat16)
+        fisher = kc.implicit(model, [x], "categorical")
+        assert fisher.dtype == torch.float32
+        v = torch.randn(31)
+        found = fisher @ v
+        exact = brute(model.double(), x.double(), categorical_fisher, 5) @ v
+        assert_same(found.double(), exact, tolerance=0.05)
+
+    def test_outputs_that_are_not_finite_are_refused(self):
+        x = torch.randn(5, 3)
+        x[2, 1] = float("nan")
+        with pytest.raises(kc.NumericalError, match="not finite"):
+            kc.implicit(classifier(), [x], "categorical") @ torch.zeros(31)
+
     def test_used_up_data_are_refused(self):
         with pytest.raises(kc.ArgumentError, match="once"):
             kc.implicit(classifier(), iter([torch.randn(2, 3)]), "categorical")
