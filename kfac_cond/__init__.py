@@ -20,7 +20,7 @@ from .errors import (
     StateError,
 )
 from .estimate import Options, estimate
-from .implicit import Gram, gram, implicit
+from .implicit import Gram, gram, implicit, low_rank
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC
 from .schedules import Schedule
@@ -76,4 +76,5 @@ __all__ = [
     "estimate",
     "gram",
     "implicit",
+    "low_rank",
 ]

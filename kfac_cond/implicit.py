@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,44 @@ def implicit(
     products = _Products(Linearised(model, data, chosen, picks or Data()))
     block = ImplicitBlock(FlatLayout.of(products.linear.shapes), products, iteration or Iteration())
     return Fisher({WHOLE: block}, meta={"likelihood": repr(chosen), "kind": "exact", "structure": "implicit"})
+
+
+def low_rank(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    rank: int,
+    *,
+    via: Literal["lanczos", "gram"] = "lanczos",
+    picks: Data | None = None,
+    iteration: Iteration | None = None,
+) -> Fisher:
+    """The best approximation of rank k of the exact Fisher: its largest eigenpairs.
+
+    Args:
+        model: any module.
+        data: batches, or a function that yields them.
+        likelihood: as for ``implicit``.
+        rank: k.
+        via: 'lanczos' (a few passes over the data for each pair; any size) or 'gram' (where N R C is small).
+        picks: where to find masks and outputs in a batch.
+        iteration: tolerance and steps of 'lanczos'.
+
+    Returns:
+        A ``Fisher`` with the one block "model", a ``LowRankBlock``.
+
+    Raises:
+        ArgumentError: a rank above the number of parameters or, through the Gram kernel, above that of F.
+        NumericalError: where Lanczos did not converge.
+    """
+    if via == "gram":
+        return gram(model, data, likelihood, picks=picks).low_rank(rank)
+    if via != "lanczos":
+        raise ArgumentError(f"via={via!r}: expected 'lanczos' or 'gram'")
+    whole = implicit(model, data, likelihood, picks=picks, iteration=iteration)
+    values, vectors = whole[WHOLE].top_eigenpairs(rank)
+    block = LowRankBlock(whole[WHOLE].layout, values, vectors)
+    return Fisher({WHOLE: block}, meta={**whole.meta, "structure": "low_rank", "rank": rank})
 
 
 class _Products:

@@ -232,6 +232,19 @@ class TestVerbs:
         operator = fisher.to_scipy()
         values = scipy.sparse.linalg.eigsh(operator, k=2, which="LA", return_eigenvectors=False)
         np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(dense.numpy())[-2:], atol=1e-10)
+        shifted = operator + DAMPING * scipy.sparse.linalg.aslinearoperator(np.eye(len(dense)))
+        v = np.random.default_rng(0).normal(size=len(dense))
+        solution, _ = scipy.sparse.linalg.cg(shifted, v, rtol=1e-13)
+        np.testing.assert_allclose(solution, np.linalg.solve(damped(dense).numpy(), v), atol=1e-9)
+
+    def test_results_by_name(self, small):
+        model, _, fisher, dense = small
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        values, vectors = fisher.top_eigenpairs(2)
+        rows = torch.cat([vectors[name].reshape(2, -1) for name in shapes], 1)
+        assert_same(rows @ dense @ rows.T, torch.diag(values))
+        assert {name: draw.shape[1:] for name, draw in fisher.sample(3).items()} == shapes
+        assert {name: part.shape for name, part in fisher.diagonal().items()} == shapes
 
     def test_singular_and_refused(self, small):
         _, _, fisher, dense = small
@@ -259,12 +272,8 @@ def _pieces(fisher: kc.Fisher, v: Tensor) -> list[Tensor]:
 class TestLowRank:
     @pytest.mark.parametrize("source", ["lanczos", "gram"])
     def test_is_the_best_of_its_rank(self, small, source):
-        model, x, fisher, dense = small
-        kernel = kc.gram(model, [x[:8]], "categorical")
-        if source == "gram":
-            found, dense = kernel.low_rank(4)["model"], brute(model, x[:8], categorical_fisher, 8)
-        else:
-            found = fisher["model"].low_rank(4)
+        model, x, _, dense = small
+        found = kc.low_rank(model, [x[:9], x[9:]], "categorical", 4, via=source)["model"]
         values, vectors = torch.linalg.eigh(dense)
         assert_same(found.to_dense(), (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T, tolerance=1e-9)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .flat import FlatLayout
 from .iterative import Iteration, IterativeBlock
-from .low_rank import LowRankBlock
 
 
 class Products(Protocol):
@@ -68,11 +67,6 @@ class ImplicitBlock(IterativeBlock):
     @property
     def label(self) -> str:
         return "the implicit Fisher"
-
-    def low_rank(self, k: int) -> LowRankBlock:
-        """The best approximation of rank k, by block Lanczos."""
-        values, vectors = self.top_eigenpairs(k)
-        return LowRankBlock(self.layout, values, vectors, name=self.name)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.products.sample_rows(n, generator) * sqrt(self.factor)

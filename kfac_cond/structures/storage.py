@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StateError(f"{path} is a safetensors file, but not a Fisher that Fisher.save wrote")
     try:
         return dict(json.loads(header)), tensors
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise StateError(f"{path}: its header is not JSON ({error}): save the Fisher again") from error
 
 
@@ -194,7 +194,9 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
         raise StateError(f"{path}: its header lacks {', '.join(absent)}: save the Fisher again")
     try:
         found = _fingerprint(header["layers"])
-    except (KeyError, TypeError) as error:
+        for layer in header["layers"]:
+            _layout(layer["layout"])
+    except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path}: its list of layers is damaged ({error!r}): save the Fisher again") from error
     if found != header["fingerprint"]:
         raise StateError(f"{path}: its layers are not those of its fingerprint, so its header was changed")

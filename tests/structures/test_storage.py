@@ -117,6 +117,8 @@ class TestRefused:
             (lambda h, t: h.pop("digest"), "lacks digest"),
             (lambda h, t: h["layers"][0].update(name="other"), "fingerprint"),
             (lambda h, t: h["layers"][0].pop("layout"), "list of layers"),
+            (lambda h, t: h["layers"][0].update(layout={"kind": "unheard"}), "list of layers"),
+            (lambda h, t: h.update(layers=[1]), "list of layers"),
             (lambda h, t: h["layers"][0].update(block="unheard"), "'fc' is stored as 'unheard'"),
             (lambda h, t: h["layers"][0].update(dtype="float16"), "header says float16"),
             (lambda h, t: t.update({"0.A": t["0.A"][:2]}), "values are not those"),
