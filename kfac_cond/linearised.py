@@ -147,22 +147,9 @@ class Linearised:
 
     def fisher_product(self, batch: Any, direction: Mapping[str, Tensor]) -> tuple[Gradients, Tensor]:
         """J^T H J v of one batch, not divided by M, and its M; inside ``visit``."""
-        if self.forward_mode is not False:
-            try:
-                point = self._pushed_forward(batch, direction)
-            except (NotImplementedError, RuntimeError) as error:
-                if self.forward_mode:
-                    raise
-                logger.info("no forward-mode differentiation of this model (%s)", str(error).split("\n")[0])
-            else:
-                found = self._weighed(point, direction)
-                if found is not None:
-                    return found, point.likelihood.terms(point.values)
-            self.forward_mode = False
-        point = self._pushed_twice(batch, direction)
-        assert point.tangents is not None
-        scores = fisher_times(point.likelihood, point.values, point.tangents)
-        return self.pulled_back(point, scores), point.likelihood.terms(point.values)
+        push = self._pushed_forward if self._goes_forward(batch) else self._pushed_twice
+        point = push(batch, direction)
+        return self._weighed(point), point.likelihood.terms(point.values)
 
     def pulled_back(self, point: Point, vectors: Tensor, *, keep: bool = False) -> Gradients:
         """J^T u by parameter; with ``keep`` the graph stays for more."""
@@ -215,21 +202,39 @@ class Linearised:
             tangents = torch.autograd.grad(gradients, probe, directions, retain_graph=True)[0]
         return Point(point.outputs, point.likelihood, tangents.detach())
 
-    def _weighed(self, point: Point, direction: Mapping[str, Tensor]) -> Gradients | None:
-        """J^T H J v; None where the first product shows that J and its transpose are not those of one matrix."""
+    def _weighed(self, point: Point) -> Gradients:
+        """J^T H t, t the tangents of the point."""
+        assert point.tangents is not None
+        return self.pulled_back(point, fisher_times(point.likelihood, point.values, point.tangents))
+
+    def _goes_forward(self, batch: Any) -> bool:
+        """Whether dual numbers give J v here, found out once, in a random direction through every parameter."""
+        if self.forward_mode is None:
+            generator = torch.Generator().manual_seed(0)
+            direction = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in self.parameters.items()}
+            try:
+                point = self._pushed_forward(batch, direction)
+                # The way back too: a checkpointed part runs again there, without dual numbers, and fails.
+                found = self._weighed(point)
+            except RuntimeError as error:
+                logger.info("no forward-mode differentiation of this model (%s)", str(error).split("\n")[0])
+                self.forward_mode = False
+            else:
+                self.forward_mode = self._are_transposes(point, found, direction)
+        return bool(self.forward_mode)
+
+    def _are_transposes(self, point: Point, found: Gradients, direction: Gradients) -> bool | None:
+        """Whether t^T H t = v^T (J^T H t); None where all is zero and nothing can be said.
+
+        Not so where a module keeps parameters in a place that dual numbers do not get to.
+        """
         assert point.tangents is not None
         scores = fisher_times(point.likelihood, point.values, point.tangents)
-        found = self.pulled_back(point, scores)
-        if self.forward_mode is None:
-            # t^T H t = v^T (J^T H t), unless a module keeps parameters where dual numbers do not get, or outputs are
-            # wrapped in something that loses them.
-            left = float((point.tangents.to(self.dtype) * scores.to(self.dtype)).sum())
-            right = float(self.flat(found) @ self.flat(direction))
-            rough = 1e-2 if point.outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
-            if abs(left - right) > rough * max(abs(left), abs(right)):
-                return None
-            self.forward_mode = True if max(abs(left), abs(right)) > 0.0 else None
-        return found
+        left = float((point.tangents.to(self.dtype) * scores.to(self.dtype)).sum())
+        right = float(self.flat(found) @ self.flat(direction))
+        size = max(abs(left), abs(right))
+        rough = 1e-2 if point.outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        return abs(left - right) <= rough * size if size > 0.0 else None
 
     def _point(self, output: Any, targets: Any) -> Point:
         args, kwargs = self._called.call

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import kfac_cond as kc
@@ -34,6 +35,29 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.rnn(x)[0][:, -1])
+
+
+class Checkpointed(nn.Module):
+    """Runs its first part again on the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=False))
+
+
+class Hoarder(nn.Module):
+    """Uses its parameters from a list of its own, where nobody can put others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.own = [self.first.weight, self.first.bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.linear(x, *self.own).tanh())
 
 
 class Square(torch.autograd.Function):
@@ -93,6 +117,8 @@ MODELS = {
     "convolution": (convolutional, (1, 4, 4), 1),
     "tied": (tied, (3,), 1),
     "frozen": (frozen, (3,), 1),
+    "checkpointed": (Checkpointed, (3,), 1),
+    "hoarder": (Hoarder, (3,), 1),
     "no forward mode": (lambda: nn.Sequential(nn.Linear(3, 2), Apply(Square.apply), nn.Linear(2, 2)), (3,), 1),
 }
 
@@ -256,6 +282,15 @@ class TestVerbs:
             fisher.eigenvalues()
         with pytest.raises(kc.ArgumentError, match="two factors"):
             fisher.solve(torch.randn(len(dense)), damping=1.0, rule="factored")
+
+    @pytest.mark.parametrize("name", ["first.weight", "last.weight"])
+    def test_parameters_out_of_reach_are_seen_whatever_the_first_direction(self, name):
+        model, x = Hoarder(), torch.randn(5, 3)
+        fisher = kc.implicit(model, [x], "categorical")
+        direction = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+        direction[name][0, 0] = 1.0
+        assert float(fisher.quadratic(direction)) > 0.0
+        assert_same(fisher.to_dense(), brute(model, x, categorical_fisher, 5))
 
     def test_its_table_costs_no_pass(self, small, monkeypatch):
         _, _, fisher, _ = small

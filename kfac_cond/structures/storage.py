@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +72,15 @@ def save_blocks(path: str | os.PathLike[str], blocks: Mapping[str, Block], meta:
         "digest": _digest(tensors),
     }
     target = Path(path)
-    # In the same folder, so that it can take the target's place in one step.
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-    os.close(handle)
+    # In the same folder, so that it can take the target's place in one step; not a mkstemp, whose mode is private.
+    partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
     try:
         torch_files.save_file(tensors, partial, metadata={KEY: json.dumps(header)})
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, target)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
