@@ -72,10 +72,14 @@ def save_blocks(path: str | os.PathLike[str], blocks: Mapping[str, Block], meta:
         "digest": _digest(tensors),
     }
     target = Path(path)
-    # In the same folder, so that it can take the target's place in one step; not a mkstemp, whose mode is private.
+    # In the same folder, so that it can take the target's place in one step.
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
     try:
+        # safetensors makes files that nobody else may read; this one gets the mode of any other.
+        with open(partial, "xb") as made:
+            mode = os.fstat(made.fileno()).st_mode
         torch_files.save_file(tensors, partial, metadata={KEY: json.dumps(header)})
+        os.chmod(partial, mode)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, target)

@@ -170,6 +170,11 @@ def test_a_failed_save_leaves_the_old_file(path, fisher: Fisher, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_the_file_has_the_mode_of_any_other(path, tmp_path):
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_without_safetensors_the_install_line(fisher: Fisher, tmp_path, monkeypatch):
     real = builtins.__import__
 
