@@ -20,10 +20,20 @@ from .errors import (
     StateError,
 )
 from .estimate import Options, estimate
+from .implicit import Gram, gram, implicit, low_rank
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC
 from .schedules import Schedule
-from .structures import Block, EigenBlock, Fisher, KroneckerBlock
+from .structures import (
+    Block,
+    EigenBlock,
+    Fisher,
+    ImplicitBlock,
+    Iteration,
+    KroneckerBlock,
+    LowRankBlock,
+    SumBlock,
+)
 from .trust_region import KLClip
 from .wrapping import detach
 
@@ -47,18 +57,26 @@ __all__ = [
     "EigenBlock",
     "Fisher",
     "Gaussian",
+    "Gram",
+    "ImplicitBlock",
+    "Iteration",
     "KFACError",
     "KLClip",
     "KroneckerBlock",
     "Likelihood",
     "LikelihoodError",
+    "LowRankBlock",
     "ModelChangedError",
     "NotReadyError",
     "NumericalError",
     "Options",
     "Schedule",
     "StateError",
+    "SumBlock",
     "coverage",
     "detach",
     "estimate",
+    "gram",
+    "implicit",
+    "low_rank",
 ]

@@ -3,7 +3,28 @@
 from .base import Block
 from .eigen import EigenBlock
 from .fisher import Fisher
+from .flat import FlatLayout
+from .implicit import ImplicitBlock
 from .inverses import damped_inverses_of
+from .iterative import FunctionBlock, Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
+from .low_rank import LowRankBlock
+from .storage import Stored, register_stored
+from .sums import SumBlock
 
-__all__ = ["Block", "EigenBlock", "Fisher", "KroneckerBlock", "damped_inverses_of"]
+__all__ = [
+    "Block",
+    "EigenBlock",
+    "Fisher",
+    "FlatLayout",
+    "FunctionBlock",
+    "ImplicitBlock",
+    "Iteration",
+    "IterativeBlock",
+    "KroneckerBlock",
+    "LowRankBlock",
+    "Stored",
+    "SumBlock",
+    "damped_inverses_of",
+    "register_stored",
+]

@@ -33,6 +33,8 @@ class Block(ABC):
 
     layout: WeightLayout
     name: str
+    #: Whether scalars of the block cost iterations, so that a table leaves them out.
+    iterative: bool = False
     # numpy's scalars would otherwise take a block for an array in `np.float64(2) * block`.
     __array_ufunc__ = None
 
@@ -161,6 +163,15 @@ class Block(ABC):
         return self._scaled(checked_factor(float(factor)))
 
     __rmul__ = __mul__
+
+    def __add__(self, other: Block) -> Block:
+        """The sum of two blocks of one layer, a ``SumBlock``: its docstring says how each verb is answered."""
+        if not isinstance(other, Block):
+            return NotImplemented
+        # A sum is a block itself, so its module imports this one.
+        from .sums import sum_of
+
+        return sum_of(self, other)
 
     def __repr__(self) -> str:
         size = " x ".join(str(side) for side in self.layout.matrix_shape)

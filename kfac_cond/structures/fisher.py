@@ -7,17 +7,20 @@ from difflib import get_close_matches
 from functools import reduce
 from math import prod
 from numbers import Real
+from os import PathLike
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..linalg.kronecker import block_diagonal
 from .base import Block, Rule, checked_factor, named, require_dense
+from .merging import merged
 from .report import fisher_table
+from .storage import load_blocks, save_blocks
 
 Form = TypeVar("Form", Tensor, Mapping[str, Tensor], list[Tensor], tuple[Tensor, ...])
 AnyForm = Tensor | Mapping[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
@@ -118,6 +121,67 @@ class Fisher(Mapping[str, Block]):
         return self._derived(f"* {scale:g}", lambda block: block * scale)
 
     __rmul__ = __mul__
+
+    def __add__(self, other: Fisher) -> Fisher:
+        """The sum of two Fishers of the same layers, block by block.
+
+        Raises:
+            ArgumentError: other layers, or layers with other parameters.
+        """
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        odd = [name for name in (*self, *other) if name not in self or name not in other]
+        if odd:
+            raise ArgumentError(
+                f"Fishers are added: {', '.join(odd[:5])} in one of them only, expected the same layers"
+            )
+        shared = {key: value for key, value in self.meta.items() if key != "counts" and other.meta.get(key) == value}
+        derived = (*self.meta.get("derived", ()), "+ another Fisher")
+        return Fisher({name: self[name] + other[name] for name in self}, meta={**shared, "derived": derived})
+
+    def merge(self, other: Fisher) -> Fisher:
+        """The estimate over both pieces of data, from two estimates of one model over each of them.
+
+        Exactly what one pass over all the data gives for Kronecker blocks: A weighted by positions, G by M. Any other
+        block becomes the sum weighted by M, which is exact as a matrix. A layer that one of them lacks was not used
+        there and adds nothing, while M counts.
+
+        Args:
+            other: of the same likelihood, kind and structure, with counts in its ``meta``.
+
+        Raises:
+            ArgumentError: where these differ, or counts are absent: it names them.
+        """
+        blocks, meta = merged(self, self.meta, other, other.meta)
+        return Fisher(blocks, meta=meta)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write this Fisher to one safetensors file with a JSON header, all of it or nothing.
+
+        Args:
+            path: of the file; one that is there is replaced in one step.
+
+        Raises:
+            ArgumentError: a block that holds nothing to save (an implicit one, a sum).
+            ImportError: without ``safetensors``, with what to install.
+        """
+        save_blocks(path, self._blocks, self.meta)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Fisher:
+        """A Fisher that ``save`` wrote, bitwise, on the CPU; numbers of ``meta`` that were tensors are plain numbers.
+
+        Args:
+            path: of the file.
+            model: refuse a file whose parameters are not this model's, by name and shape.
+
+        Raises:
+            StateError: a truncated, damaged or foreign file, an unknown version, or another model's: it says which.
+            FileNotFoundError: no such file.
+            ImportError: without ``safetensors``, with what to install.
+        """
+        blocks, meta = load_blocks(path, model)
+        return cls(blocks, meta=meta)
 
     def trace(self) -> Tensor:
         """tr F."""

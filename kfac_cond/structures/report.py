@@ -33,8 +33,8 @@ def fisher_table(blocks: Mapping[str, Block], meta: Mapping[str, Any]) -> str:
 
 
 def _trace(block: Block) -> str:
-    """The trace as text; a block on the meta device has none."""
-    return "-" if block.device.type == "meta" else f"{float(block.trace()):.3g}"
+    """The trace as text; a block on the meta device has none, and of one known by its products it would take many."""
+    return "-" if block.iterative or block.device.type == "meta" else f"{float(block.trace()):.3g}"
 
 
 def _written(value: Any) -> str:

@@ -1,0 +1,286 @@
+"""The exact Fisher from a model and data: as products alone, or through its Gram kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .data import Data
+from .errors import ArgumentError
+from .likelihoods import Likelihood, as_likelihood
+from .linearised import Batches, Linearised
+from .output_fisher import root_times_noise
+from .structures.base import MAX_DENSE, checked_damping
+from .structures.fisher import AnyForm, Fisher
+from .structures.flat import FlatLayout
+from .structures.implicit import ImplicitBlock
+from .structures.iterative import Iteration
+from .structures.low_rank import LowRankBlock
+
+WHOLE = "model"
+"""The name of the one block of a Fisher that is not block-diagonal."""
+
+
+def implicit(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    *,
+    picks: Data | None = None,
+    iteration: Iteration | None = None,
+) -> Fisher:
+    """The exact Fisher of ``model`` over ``data`` in all trainable parameters, as products alone: no storage.
+
+    Every product goes through the data once: a forward with tangents and a backward for each vector. The result is a
+    ``Fisher`` of one block, an ``ImplicitBlock``, whose docstring says how each verb is answered. It follows the
+    model's parameters as they change.
+
+    Args:
+        model: any module, whatever it is made of; in the mode it is in.
+        data: batches, or a function that yields them; an iterator that can be used once is refused.
+        likelihood: a likelihood with an exact Fisher (``fisher`` or ``fisher_sqrt``), its name, or a criterion.
+        picks: where to find masks and outputs in a batch; its seed is that of dropout.
+        iteration: tolerance, steps and random probes of the iterative verbs.
+
+    Returns:
+        A ``Fisher`` with the one block "model".
+
+    Raises:
+        ArgumentError: data that can be gone through only once.
+        CoverageError: nothing trainable, or sharded parameters.
+        LikelihoodError: at a product, where the outputs or labels do not fit the likelihood.
+
+    Examples:
+        >>> import torch, kfac_cond as kc
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> fisher = kc.implicit(model, [torch.randn(8, 3)], "categorical")
+        >>> fisher.shape
+        (26, 26)
+
+    Source: Martens 2020 (arXiv:1412.1193), sections 8 and 9.
+    """
+    chosen = as_likelihood(likelihood, heard=False)
+    products = _Products(Linearised(model, data, chosen, picks or Data()))
+    block = ImplicitBlock(FlatLayout.of(products.linear.shapes), products, iteration or Iteration())
+    return Fisher({WHOLE: block}, meta={"likelihood": repr(chosen), "kind": "exact", "structure": "implicit"})
+
+
+def low_rank(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    rank: int,
+    *,
+    via: Literal["lanczos", "gram"] = "lanczos",
+    picks: Data | None = None,
+    iteration: Iteration | None = None,
+) -> Fisher:
+    """The best approximation of rank k of the exact Fisher: its largest eigenpairs.
+
+    Args:
+        model: any module.
+        data: batches, or a function that yields them.
+        likelihood: as for ``implicit``.
+        rank: k.
+        via: 'lanczos' (a few passes over the data for each pair; any size) or 'gram' (where N R C is small).
+        picks: where to find masks and outputs in a batch.
+        iteration: tolerance and steps of 'lanczos'.
+
+    Returns:
+        A ``Fisher`` with the one block "model", a ``LowRankBlock``.
+
+    Raises:
+        ArgumentError: a rank above the number of parameters or, through the Gram kernel, above that of F.
+        NumericalError: where Lanczos did not converge.
+    """
+    if via == "gram":
+        return gram(model, data, likelihood, picks=picks).low_rank(rank)
+    if via != "lanczos":
+        raise ArgumentError(f"via={via!r}: expected 'lanczos' or 'gram'")
+    whole = implicit(model, data, likelihood, picks=picks, iteration=iteration)
+    values, vectors = whole[WHOLE].top_eigenpairs(rank)
+    block = LowRankBlock(whole[WHOLE].layout, values, vectors)
+    return Fisher({WHOLE: block}, meta={**whole.meta, "structure": "low_rank", "rank": rank})
+
+
+class _Products:
+    """Products with the Fisher of a linearised model."""
+
+    def __init__(self, linear: Linearised) -> None:
+        self.linear = linear
+        self.layout = FlatLayout.of(linear.shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.device
+
+    def fisher_rows(self, rows: Tensor) -> Tensor:
+        directions = [self.layout.from_matrix(row.detach()) for row in rows]
+        total = torch.zeros_like(rows)
+
+        def visitor(batch: Any) -> Tensor:
+            divisor = torch.zeros(())
+            for index, direction in enumerate(directions):
+                product, divisor = self.linear.fisher_product(batch, direction)
+                total[index] += self.linear.flat(product)
+            return divisor
+
+        return total / self.linear.visit(visitor).to(self.device, self.dtype)
+
+    def sample_rows(self, n: int, generator: torch.Generator | None) -> Tensor:
+        total = torch.zeros(n, self.layout.numel, dtype=self.dtype, device=self.device)
+
+        def visitor(batch: Any) -> Tensor:
+            point = self.linear.at(batch)
+            for index in range(n):
+                noise = root_times_noise(point.likelihood, point.values, generator)
+                total[index] += self.linear.flat(self.linear.pulled_back(point, noise, keep=index + 1 < n))
+            return point.likelihood.terms(point.values)
+
+        if n == 0:
+            return total
+        return total / self.linear.visit(visitor).to(self.device, self.dtype).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """The kernel K = B B^T of the square root F = B^T B: side N R C, the same non-zero spectrum as F.
+
+    B = (1 / sqrt M) S^T J: a row for each example, term and column of the output Fisher's root, in that order.
+
+    Args:
+        rows: B, [N R C, P]; columns in the order of ``layout``.
+        layout: of the parameters.
+        meta: what ``Fisher.meta`` will hold.
+
+    Source: Ren & Goldfarb 2019 (arXiv:1906.02353) for the natural gradient through it.
+    """
+
+    rows: Tensor
+    layout: FlatLayout
+    meta: dict[str, Any]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """K, [N R C, N R C]; it carries 1/M."""
+        return self.rows @ self.rows.mT
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters, in the order of a flat vector."""
+        return self.layout.names
+
+    def eigenvalues(self) -> Tensor:
+        """Those of K, descending: the eigenvalues of F, but for zeros."""
+        values: Tensor = torch.linalg.eigvalsh(self.matrix).flip(0)
+        return values
+
+    def fisher(self) -> Fisher:
+        """F itself, exactly, through the eigenpairs that are not zero: every verb in closed form."""
+        return self._fisher
+
+    def low_rank(self, k: int) -> Fisher:
+        """The best approximation of F of rank k."""
+        values, vectors = self._fisher[WHOLE].top_eigenpairs(k)
+        return self._of(LowRankBlock(self.layout, values, vectors))
+
+    def solve(self, v: AnyForm, *, damping: float = 0.0) -> Any:
+        """(F + damping I)^-1 v, exactly: the natural gradient where v is a gradient.
+
+        In the eigenbasis of K, which is Woodbury's identity (v - B^T (K + damping I)^-1 B v) / damping without its
+        cancellation. Without damping: the shortest x with F x = v.
+
+        Args:
+            v: in any form that ``Fisher`` takes.
+            damping: lambda >= 0, in the units of F.
+
+        Returns:
+            In the form of v.
+
+        Raises:
+            NumericalError: without damping, where v is not in the range of F.
+        """
+        if checked_damping(damping) > 0.0 or self._block.rank == self.layout.numel:
+            return self._fisher.solve(v, damping=damping)  # type: ignore[type-var]
+        block = self._block
+
+        def shortest(_: object, part: Any) -> Any:
+            return self.layout.from_matrix(block.pseudo_solve(self.layout.to_matrix(part)))
+
+        return self._fisher._in_form(v, shortest)  # type: ignore[type-var]
+
+    @cached_property
+    def _block(self) -> LowRankBlock:
+        _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
+        # What is zero but for round-off in B is no direction of F.
+        kept = max(1, int((sizes > sizes[0] * max(self.rows.shape) * torch.finfo(sizes.dtype).eps).sum()))
+        return LowRankBlock(self.layout, sizes[:kept].square(), vectors[:kept].contiguous())
+
+    @cached_property
+    def _fisher(self) -> Fisher:
+        return self._of(self._block)
+
+    def _of(self, block: LowRankBlock) -> Fisher:
+        return Fisher({WHOLE: block}, meta={**self.meta, "structure": "low_rank", "rank": block.rank})
+
+    def __repr__(self) -> str:
+        side, size = self.rows.shape
+        return f"Gram({side} x {side}, of a Fisher of {size} parameters)"
+
+
+def gram(
+    model: nn.Module, data: Batches, likelihood: Likelihood | str | nn.Module, *, picks: Data | None = None
+) -> Gram:
+    """The Gram kernel of the exact Fisher, for when N R C is smaller than the number of parameters P.
+
+    One backward for each of the N R C rows; keeps N R C x P numbers. Arguments and errors are those of ``implicit``.
+
+    Args:
+        model: any module.
+        data: batches, or a function that yields them.
+        likelihood: one with a square root of its Fisher.
+        picks: where to find masks and outputs in a batch.
+
+    Raises:
+        ArgumentError: more than ``MAX_DENSE`` rows.
+
+    Examples:
+        >>> import torch, kfac_cond as kc
+        >>> model = torch.nn.Linear(10, 2)
+        >>> kernel = kc.gram(model, [torch.randn(4, 10)], kc.Gaussian())
+        >>> kernel.matrix.shape
+        torch.Size([8, 8])
+    """
+    chosen = as_likelihood(likelihood, heard=False)
+    linear = Linearised(model, data, chosen, picks or Data())
+    rows: list[Tensor] = []
+
+    def visitor(batch: Any) -> Tensor:
+        point = linear.at(batch)
+        columns = [point.likelihood.weighted(c, point.values) for c in point.likelihood.fisher_columns(point.values)]
+        side = sum(map(len, rows)) + len(columns) * point.likelihood.examples(point.values)
+        if side > MAX_DENSE:
+            raise ArgumentError(
+                f"the Gram kernel would have a side of {side}, the most is {MAX_DENSE}: use kc.implicit"
+            )
+        rows.extend(linear.rows(point, _alone(torch.stack(columns), n)) for n in range(columns[0].shape[0]))
+        return point.likelihood.terms(point.values)
+
+    divisor = linear.visit(visitor)
+    scaled = torch.cat(rows) / divisor.to(linear.device, linear.dtype).sqrt()
+    return Gram(scaled, FlatLayout.of(linear.shapes), {"likelihood": repr(chosen), "kind": "exact"})
+
+
+def _alone(columns: Tensor, example: int) -> Tensor:
+    """Columns [RC, N, ...] with zeros at all examples but one."""
+    alone = torch.zeros_like(columns)
+    alone[:, example] = columns[:, example]
+    return alone

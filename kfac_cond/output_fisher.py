@@ -1,0 +1,79 @@
+"""Products with the Fisher of the outputs and with its square root, without a matrix per term where there is a form."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Categorical, Elementwise, Likelihood, events
+
+
+def fisher_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:
+    """H t of each term times its weight kappa, zero at invalid terms.
+
+    Args:
+        likelihood: bound to the batch.
+        outputs: what parametrises p, without its graph.
+        tangents: shaped as the outputs.
+
+    Returns:
+        A tensor of the outputs' shape.
+    """
+    axes = likelihood.event_axes(outputs)
+    product = _fisher_times(likelihood, outputs, events.to_events(events.widened(tangents), axes))
+    product = events.from_events(product, axes, likelihood.event_shape(outputs)).to(outputs.dtype)
+    # Twice: each multiplies by the root of kappa.
+    return likelihood.weighted(likelihood.weighted(product, outputs), outputs)
+
+
+def root_times_noise(likelihood: Likelihood, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """S z of each term times the root of kappa, with z standard normal and S S^T = H; shaped as the outputs."""
+    axes = likelihood.event_axes(outputs)
+    product = _root_times_noise(likelihood, outputs, generator)
+    product = events.from_events(product, axes, likelihood.event_shape(outputs)).to(outputs.dtype)
+    return likelihood.weighted(product, outputs)
+
+
+@singledispatch
+def _fisher_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:
+    """[*terms, E] from [*terms, E]."""
+    fisher = likelihood.fisher(outputs).to(tangents.dtype)
+    return (fisher @ tangents.unsqueeze(-1)).squeeze(-1)
+
+
+@_fisher_times.register
+def _(likelihood: Elementwise, outputs: Tensor, tangents: Tensor) -> Tensor:
+    return likelihood._information(likelihood._events(outputs)) * tangents
+
+
+@_fisher_times.register
+def _(likelihood: Categorical, outputs: Tensor, tangents: Tensor) -> Tensor:
+    p = likelihood._probabilities(outputs)
+    return p * (tangents - (p * tangents).sum(-1, keepdim=True))
+
+
+@singledispatch
+def _root_times_noise(likelihood: Likelihood, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[*terms, E]."""
+    root = likelihood.fisher_sqrt(outputs)
+    noise = _noise((*root.shape[:-2], root.shape[-1]), root, generator)
+    return (root @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+@_root_times_noise.register
+def _(likelihood: Elementwise, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    root = likelihood._information(likelihood._events(outputs)).sqrt()
+    return root * _noise(tuple(root.shape), root, generator)
+
+
+@_root_times_noise.register
+def _(likelihood: Categorical, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    p = likelihood._probabilities(outputs)
+    scaled = p.sqrt() * _noise(tuple(p.shape), p, generator)
+    return scaled - p * scaled.sum(-1, keepdim=True)
+
+
+def _noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

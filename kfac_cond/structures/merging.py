@@ -1,0 +1,108 @@
+"""Two estimates over different data as the one over all of it: sums and counts, added before they are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import ArgumentError
+from .base import Block
+from .kronecker import KroneckerBlock
+from .sums import sum_of
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the sums of an estimate were divided by.
+
+    Args:
+        examples: N.
+        terms: M, the loss's divisor.
+        positions: for each layer, the number of positions that its A is the mean over.
+        adds: whether M of two pieces of data is the sum of theirs; not for a loss that is itself a sum, where M is 1.
+    """
+
+    examples: float
+    terms: float
+    positions: dict[str, float]
+    adds: bool
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any], layers: Mapping[str, Block]) -> Counts:
+        """The counts in a Fisher's ``meta``.
+
+        Args:
+            meta: with ``likelihood`` and ``counts = {"examples": N, "terms": M, "positions": {layer: n}}``.
+            layers: the blocks; of those that are Kronecker blocks ``positions`` is needed.
+
+        Raises:
+            ArgumentError: naming what is absent.
+        """
+        counts = meta.get("counts", {})
+        absent = [f"counts['{key}']" for key in ("examples", "terms") if key not in counts]
+        positions = counts.get("positions", {})
+        absent += [
+            f"counts['positions']['{name}']"
+            for name, block in layers.items()
+            if isinstance(block, KroneckerBlock) and name not in positions
+        ]
+        if absent or "derived" in meta:
+            why = f"it lacks {', '.join(absent)}" if absent else f"it is {meta['derived'][-1]} of an estimate"
+            raise ArgumentError(
+                f"merge needs what an estimate was divided by, and {why}: merge Fishers as kc.estimate gives them, "
+                "before any other verb; + adds any two"
+            )
+        held = {name: float(value) for name, value in positions.items()}
+        # Every likelihood's text has its reduction.
+        return cls(
+            float(counts["examples"]), float(counts["terms"]), held, "reduction='sum'" not in str(meta["likelihood"])
+        )
+
+    def with_others(self, other: Counts) -> Counts:
+        """Those of all the data."""
+        names = [*self.positions, *(name for name in other.positions if name not in self.positions)]
+        positions = {name: self.positions.get(name, 0.0) + other.positions.get(name, 0.0) for name in names}
+        terms = self.terms + other.terms if self.adds else max(self.terms, other.terms)
+        return Counts(self.examples + other.examples, terms, positions, self.adds)
+
+
+def merged(
+    mine: Mapping[str, Block], my_meta: Mapping[str, Any], theirs: Mapping[str, Block], their_meta: Mapping[str, Any]
+) -> tuple[dict[str, Block], dict[str, Any]]:
+    """The blocks and meta of an estimate over both pieces of data; see ``Fisher.merge``."""
+    for key in ("likelihood", "kind", "structure"):
+        if my_meta.get(key) != their_meta.get(key):
+            raise ArgumentError(
+                f"merge: one Fisher has {key} {my_meta.get(key)}, the other {their_meta.get(key)}; expected the same"
+            )
+    left, right = Counts.of(my_meta, mine), Counts.of(their_meta, theirs)
+    total = left.with_others(right)
+    blocks: dict[str, Block] = {}
+    for name in [*mine, *(name for name in theirs if name not in mine)]:
+        if name in mine and name in theirs:
+            blocks[name] = _merged_block(mine[name], theirs[name], left, right)
+        else:
+            # Not used over the other data: nothing to add, while M counts. A Kronecker block keeps its A.
+            block, own = (mine[name], left) if name in mine else (theirs[name], right)
+            blocks[name] = block * (own.terms / total.terms)
+    counts = {"examples": int(total.examples), "terms": total.terms, "positions": total.positions}
+    samples = (my_meta.get("samples"), their_meta.get("samples"))
+    meta = {**my_meta, "samples": samples[0] if samples[0] == samples[1] else samples, "counts": counts}
+    return blocks, meta
+
+
+def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Block:
+    terms = left.with_others(right).terms
+    my_share, their_share = left.terms / terms, right.terms / terms
+    if not (isinstance(mine, KroneckerBlock) and isinstance(theirs, KroneckerBlock)):
+        return sum_of(mine * my_share, theirs * their_share)
+    if mine.layout != theirs.layout:
+        raise ArgumentError(f"merge: {mine.label} has other parameters in one Fisher than in the other")
+    positions = (left.positions[mine.name], right.positions[theirs.name])
+    held = sum(positions)
+    return replace(
+        mine,
+        A=mine.A * (positions[0] / held) + theirs.A * (positions[1] / held),
+        G=mine.G * my_share + theirs.G * their_share,
+    )

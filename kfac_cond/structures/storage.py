@@ -1,0 +1,255 @@
+"""A Fisher in a file: safetensors, with a header in JSON that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, KFACError, StateError
+from ..layers.layout import WeightLayout
+from ..layers.naming import join, named_modules
+from .base import Block
+from .eigen import EigenBlock
+from .flat import FlatLayout
+from .kronecker import KroneckerBlock
+from .low_rank import LowRankBlock
+
+VERSION = 1
+KEY = "kfac_cond"
+LAYOUTS: dict[str, type[WeightLayout]] = {"weight": WeightLayout, "flat": FlatLayout}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one type of block is written.
+
+    Args:
+        type: a dataclass with ``layout`` and ``name``, made from its fields.
+        arrays: names of the fields that are tensors.
+        numbers: names of the fields that JSON can hold.
+    """
+
+    type: type[Any]
+    arrays: tuple[str, ...]
+    numbers: tuple[str, ...] = ()
+
+
+STORED: dict[str, Stored] = {}
+
+
+def register_stored(tag: str, stored: Stored) -> None:
+    """Let blocks of a type be saved, under a name that files will hold for good."""
+    if tag in STORED and STORED[tag] != stored:
+        raise ArgumentError(f"'{tag}' is {STORED[tag].type.__name__} already: choose another name")
+    STORED[tag] = stored
+
+
+register_stored("kronecker", Stored(KroneckerBlock, ("A", "G")))
+register_stored("eigen", Stored(EigenBlock, ("basis_A", "basis_G", "values")))
+register_stored("low_rank", Stored(LowRankBlock, ("values", "vectors"), ("rest",)))
+
+
+def save_blocks(path: str | os.PathLike[str], blocks: Mapping[str, Block], meta: Mapping[str, Any]) -> None:
+    """Write blocks and meta, all or nothing; see ``Fisher.save``."""
+    torch_files = _safetensors()
+    tensors: dict[str, Tensor] = {}
+    layers = [_described(f"{index}", name, block, tensors) for index, (name, block) in enumerate(blocks.items())]
+    header = {
+        "format": "kfac_cond.Fisher",
+        "version": VERSION,
+        "meta": _plain(meta),
+        "layers": layers,
+        "fingerprint": _fingerprint(layers),
+        "digest": _digest(tensors),
+    }
+    target = Path(path)
+    # In the same folder, so that it can take the target's place in one step.
+    partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
+    try:
+        # safetensors makes files that nobody else may read; this one gets the mode of any other.
+        with open(partial, "xb") as made:
+            mode = os.fstat(made.fileno()).st_mode
+        torch_files.save_file(tensors, partial, metadata={KEY: json.dumps(header)})
+        os.chmod(partial, mode)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_blocks(
+    path: str | os.PathLike[str], model: nn.Module | None = None
+) -> tuple[dict[str, Block], dict[str, Any]]:
+    """(blocks, meta) of a file, on the CPU; see ``Fisher.load``."""
+    header, tensors = _read(Path(path))
+    _check_header(path, header, tensors)
+    if model is not None:
+        _check_model(path, header["layers"], model)
+    blocks: dict[str, Block] = {}
+    for index, layer in enumerate(header["layers"]):
+        blocks[layer["name"]] = _made(path, str(index), layer, tensors)
+    meta = dict(header["meta"])
+    if "derived" in meta:
+        meta["derived"] = tuple(meta["derived"])
+    return blocks, meta
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("saving and loading a Fisher needs safetensors: pip install 'kfac-cond[files]'") from error
+    return safetensors.torch
+
+
+def _described(prefix: str, name: str, block: Block, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """One layer's entry in the header; its tensors go to ``tensors``."""
+    found = next(((tag, stored) for tag, stored in STORED.items() if type(block) is stored.type), None)
+    if found is None:
+        raise ArgumentError(
+            f"{block.label}: a {type(block).__name__} holds nothing that can be saved; expected one of "
+            f"{', '.join(stored.type.__name__ for stored in STORED.values())}, or a type given to register_stored"
+        )
+    if block.device.type == "meta":
+        raise ArgumentError(f"{block.label} is on the meta device, which holds no values to save")
+    tag, stored = found
+    for array in stored.arrays:
+        # A copy: safetensors refuses tensors that share memory, and a block may use one tensor twice.
+        tensors[f"{prefix}.{array}"] = getattr(block, array).detach().cpu().contiguous().clone()
+    kind = "flat" if isinstance(block.layout, FlatLayout) else "weight"
+    return {
+        "name": name,
+        "block": tag,
+        "dtype": str(block.dtype).removeprefix("torch."),
+        "layout": {"kind": kind, **asdict(block.layout)},
+        "numbers": {number: getattr(block, number) for number in stored.numbers},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value of meta as JSON holds it: tensors as numbers, what is neither as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _fingerprint(layers: list[dict[str, Any]]) -> str:
+    """A digest of the layers' names and layouts, in order."""
+    text = json.dumps([[layer["name"], layer["layout"]] for layer in layers], sort_keys=True)
+    return sha256(text.encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of all values with their names, dtypes and shapes."""
+    total = sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    torch_files = _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(KEY)
+        tensors = torch_files.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StateError(f"{path} is no safetensors file, or is truncated ({error}): save the Fisher again") from error
+    if header is None:
+        raise StateError(f"{path} is a safetensors file, but not a Fisher that Fisher.save wrote")
+    try:
+        return dict(json.loads(header)), tensors
+    except (ValueError, TypeError) as error:
+        raise StateError(f"{path}: its header is not JSON ({error}): save the Fisher again") from error
+
+
+def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if header.get("format") != "kfac_cond.Fisher":
+        raise StateError(f"{path} holds a {header.get('format')!r}, expected a Fisher")
+    if header.get("version") != VERSION:
+        raise StateError(
+            f"{path} has format version {header.get('version')!r}, this library reads {VERSION}: use the version of "
+            "kfac-cond that wrote it"
+        )
+    absent = [key for key in ("meta", "layers", "fingerprint", "digest") if key not in header]
+    if absent:
+        raise StateError(f"{path}: its header lacks {', '.join(absent)}: save the Fisher again")
+    try:
+        found = _fingerprint(header["layers"])
+        for layer in header["layers"]:
+            _layout(layer["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"{path}: its list of layers is damaged ({error!r}): save the Fisher again") from error
+    if found != header["fingerprint"]:
+        raise StateError(f"{path}: its layers are not those of its fingerprint, so its header was changed")
+    if _digest(tensors) != header["digest"]:
+        raise StateError(f"{path}: its values are not those that were saved: the file is damaged, or was changed")
+
+
+def _check_model(path: str | os.PathLike[str], layers: list[dict[str, Any]], model: nn.Module) -> None:
+    """Refuse layers whose parameters the model does not have in these shapes."""
+    shapes = {
+        join(owner, attribute): tuple(parameter.shape)
+        for owner, module in named_modules(model)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    wrong = []
+    for layer in layers:
+        for name, shape in _layout(layer["layout"]).shapes.items():
+            if name not in shapes:
+                wrong.append(f"'{name}' is not in the model")
+            elif shapes[name] != shape:
+                wrong.append(f"'{name}' has shape {shapes[name]} in the model, {shape} in the file")
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise StateError(f"{path} is of another model than {type(model).__name__}: {'; '.join(wrong[:4])}{more}")
+
+
+def _made(path: str | os.PathLike[str], prefix: str, layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
+    stored = STORED.get(layer.get("block", ""))
+    if stored is None:
+        raise StateError(
+            f"{path}: layer '{layer['name']}' is stored as {layer.get('block')!r}, which is not among "
+            f"{', '.join(STORED)}: register its type with register_stored before loading"
+        )
+    try:
+        arrays = {array: tensors[f"{prefix}.{array}"] for array in stored.arrays}
+        block: Block = stored.type(
+            layout=_layout(layer["layout"]), name=layer["name"], **arrays, **layer.get("numbers", {})
+        )
+    except (KeyError, TypeError, KFACError) as error:
+        raise StateError(f"{path}: layer '{layer['name']}' does not fit together ({error})") from error
+    if str(block.dtype) != f"torch.{layer['dtype']}":
+        raise StateError(f"{path}: layer '{layer['name']}' is {block.dtype}, its header says {layer['dtype']}")
+    return block
+
+
+def _layout(fields: Mapping[str, Any]) -> WeightLayout:
+    values = dict(fields)
+    made = LAYOUTS[values.pop("kind")]
+    values["weight_shape"] = tuple(values["weight_shape"])
+    if "parts" in values:
+        values["parts"] = tuple((name, tuple(shape)) for name, shape in values["parts"])
+    return made(**values)
