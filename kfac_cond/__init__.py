@@ -23,7 +23,7 @@ from .estimate import Options, estimate
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC
 from .schedules import Schedule
-from .structures import Block, EigenBlock, Fisher, KroneckerBlock
+from .structures import Block, DenseBlock, DiagonalBlock, EigenBlock, Fisher, KroneckerBlock
 from .trust_region import KLClip
 
 try:
@@ -43,6 +43,8 @@ __all__ = [
     "CoverageError",
     "Damping",
     "Data",
+    "DenseBlock",
+    "DiagonalBlock",
     "EigenBlock",
     "Fisher",
     "Gaussian",

@@ -191,8 +191,12 @@ def test_exact_refuses_flattened_outputs_whose_positions_may_mix():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"structure": "ekfac"}, "structure='ekfac'"),
-        ({"kind": "empirical"}, "kind='empirical'"),
+        ({"structure": "kfca"}, "structure='kfca'"),
+        ({"structure": ["kfac", "kfca"]}, "structure='kfca'"),
+        ({"structure": []}, "empty list"),
+        ({"kind": "emprical"}, "kind='emprical'"),
+        ({"kind": "empirical", "samples": 2}, "draws no labels"),
+        ({"kind": "forward_only", "samples": 2}, "draws no labels"),
         ({"samples": 0}, "samples=0"),
         ({"samples": 1.5}, r"samples=1\.5"),
         ({"samples": True}, "samples=True"),
