@@ -142,6 +142,10 @@ class JointLayout(WeightLayout):
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """The inverse of ``to_matrix``: a tensor for each of ``names``."""
+        if tuple(matrix.shape) != self.matrix_shape:
+            raise ArgumentError(
+                f"{len(self.parts)} layers: got a vector of shape {tuple(matrix.shape)}, expected {self.matrix_shape}"
+            )
         pieces = torch.split(matrix, [part.numel for part in self.parts], dim=-1)
         tensors: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, pieces, strict=True):
