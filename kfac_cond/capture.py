@@ -29,7 +29,7 @@ logger = logging.getLogger("kfac_cond")
 
 #: Forwards that may wait for their loss, and forwards heard that are remembered. Beyond it the oldest are let go: each
 #: holds its graph, and a validation loop with gradients enabled must not fill the memory.
-MAX_WAITING = 16
+MAX_WAITING = 8
 MAX_SPENT = 4
 
 #: What autograd refuses, by words of its message, and what that means here.
@@ -76,6 +76,8 @@ class Capture:
         self.waiting: list[Forward] = []
         self.spent: list[Forward] = []
         self.fired: set[str] = set()
+        #: Whether a mask of real positions was found, and whether a layer took it.
+        self.masks = (False, False)
         self._warned = False
         self._due = due
         self._owner = owner
@@ -169,6 +171,7 @@ class Capture:
         with torch.no_grad(), without_autocast(inputs.device):
             a = layer.kind.activations(module, inputs.to(statistic_dtype(inputs.dtype)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
+            self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or keep is not None)
             forward.add(layer, Use(edge, output.shape, module, keep), a, self._wanted)
 
     def send_back(

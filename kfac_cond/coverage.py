@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers.survey import Row, survey
+from .layers.survey import Layer, Row, survey
 
 
 class Coverage:
@@ -21,13 +21,9 @@ class Coverage:
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
 
-    def without(self, paths: Iterable[str]) -> Coverage:
-        """The same table with these parameters not covered, since their layer never fired."""
+    def without(self, paths: Iterable[str], reason: str, remedy: str) -> Coverage:
+        """The same table with these parameters not covered, for a reason."""
         silent = set(paths)
-        reason, remedy = (
-            "its layer did not take part in any forward",
-            "call its module, in eager mode and with gradients",
-        )
         return Coverage(
             tuple(
                 replace(row, covered=False, reason=reason, remedy=remedy) if row.path in silent else row
@@ -99,3 +95,27 @@ def coverage(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None 
         The table; ``print`` it, or read ``.share`` and ``.rows``.
     """
     return Coverage(survey(model, rules).rows)
+
+
+def coverage_of_wrapped(
+    model: nn.Module, rules: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer], unreached: Iterable[str]
+) -> Coverage:
+    """The table of a model as it is now against the ``layers`` that were wrapped.
+
+    Args:
+        model: the model.
+        rules: the settings it was wrapped with.
+        layers: the layers that have hooks, by name.
+        unreached: the layers that should have taken part in a capture by now and did not.
+    """
+    fresh = survey(model, rules)
+
+    def parameters(names: Iterable[str]) -> list[str]:
+        return [path for name in names if name in fresh.layers for path in fresh.layers[name].layout.names]
+
+    changed = [name for name, layer in fresh.layers.items() if layers.get(name) != layer]
+    found = Coverage(fresh.rows).without(
+        parameters(changed), "its layer changed since it was wrapped", "kfac.refresh()"
+    )
+    silent = ("no score has reached its layer", "see the warning of the first capture; exclude it if that is meant")
+    return found.without(parameters(unreached), *silent)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,6 +33,27 @@ class Draws:
             self._step = step
             self._streams.clear()
         return [self._stream(draw, device) for draw in range(count)]
+
+    def state(self) -> dict[str, Any]:
+        """Where the streams of the step under way stand, as plain numbers and tensors."""
+        streams = [
+            {"draw": draw, "device": str(device), "state": stream.get_state()}
+            for (draw, device), stream in self._streams.items()
+        ]
+        return {"step": self._step, "streams": streams}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; a stream of a device that is not there starts its step anew.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: it is not such a state.
+        """
+        self._step = int(state["step"])
+        self._streams.clear()
+        for entry in state["streams"]:
+            device = torch.device(entry["device"])
+            if device.type == "cpu" or torch.get_device_module(device).is_available():
+                self._streams[int(entry["draw"]), device] = torch.Generator(device).set_state(entry["state"].cpu())
 
     def _stream(self, draw: int, device: torch.device) -> torch.Generator:
         stream = self._streams.get((draw, device))

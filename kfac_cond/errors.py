@@ -1,7 +1,7 @@
 """The errors of the library: one base, few kinds, each message with what to do.
 
 A message says which layer or argument is meant, what was found, what was expected and what to change. Whatever raised
-one has changed nothing.
+one has left parameters and gradients as they were.
 """
 
 from __future__ import annotations

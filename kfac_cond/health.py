@@ -71,7 +71,8 @@ class Health:
         self.skipped_captures = 0
         self.barren_intervals = 0
         self.started = False
-        self._rungs: dict[str, Rung] = {}
+        self._warned = False
+        self._named: set[tuple[str, Rung]] = set()
         self._unread = Flags()
 
     def add(self, flags: Flags) -> None:
@@ -129,15 +130,15 @@ class Health:
             return True
         if not captures:
             return self.started
+        bad = counts["captures"]
+        self.started = self.started or counts["usable"] > 0
+        self.skipped_captures += bad
+        self.barren_intervals = self.barren_intervals + 1 if bad == captures else 0
         if counts["labels"]:
             raise LikelihoodError(
                 f"{counts['labels']} of the last {captures} captures had labels out of the likelihood's range; their "
                 f"statistics were kept out. Check the data labels, ignore_index and injected draws."
             )
-        bad = counts["captures"]
-        self.started = self.started or counts["usable"] > 0
-        self.skipped_captures += bad
-        self.barren_intervals = self.barren_intervals + 1 if bad == captures else 0
         if not bad:
             return self.started
         layers = [key.removeprefix("layer ") for key, count in counts.items() if count and key.startswith("layer ")]
@@ -148,7 +149,9 @@ class Health:
         if bad == captures and (first or self.barren_intervals >= self.patience):
             since = "there are none before them" if first else f"so for {self.patience} refreshes in a row"
             raise NumericalError(f"{found}, and {since}: {_REMEDY}.")
-        logger.warning("%s; they were left out of the average: %s.", found, _REMEDY)
+        # Once; the count goes on in the metrics.
+        logger.log(logging.DEBUG if self._warned else logging.WARNING, "%s; they were left out: %s.", found, _REMEDY)
+        self._warned = True
         return self.started
 
     def climbed(self, rungs: Mapping[str, Rung]) -> None:
@@ -160,9 +163,9 @@ class Health:
         for name, rung in rungs.items():
             failed = rung >= Rung.PREVIOUS
             self.failures[name] = self.failures.get(name, 0) + 1 if failed else 0
-            if rung not in (Rung.FIRST, self._rungs.get(name)):
+            if rung != Rung.FIRST and (name, rung) not in self._named:
+                self._named.add((name, rung))
                 logger.warning("layer '%s': its factorisation ended on the rung %s", name, rung.name)
-            self._rungs[name] = rung
             if self.failures[name] >= self.patience:
                 raise NumericalError(
                     f"layer '{name}': no factorisation for {self.failures[name]} refreshes in a row: raise the "

@@ -46,7 +46,7 @@ class Intake:
         forward_due: Callable[[], bool],
         step: Callable[[], int],
     ) -> None:
-        self.listener = Listener(likelihood, data, due=due, heard=self._hear)
+        self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
         #: Whether ``update`` was called: from then on it is the only source.
         self.explicit = False
@@ -59,6 +59,7 @@ class Intake:
         self._capture: Capture | None = None
         self._heard_alone = False
         self._named_missing = False
+        self._reached: set[str] = set()
         self._pending: Statistics | None = None
         self._flags = Flags()
 
@@ -78,7 +79,7 @@ class Intake:
         if self._capture is not None:
             self._capture.remove()
         self._drop()
-        self._named_missing = False
+        self._named_missing, self._reached = False, set()
         self._capture = Capture(
             self._model,
             layers,
@@ -92,7 +93,7 @@ class Intake:
     def start(self) -> None:
         """Listen to the criterion or the forward from now on, unless updates are explicit."""
         if not self.explicit:
-            self.listener.start(self._owner)
+            self.listener.start()
 
     def stop(self) -> None:
         """Take all hooks off."""
@@ -100,39 +101,61 @@ class Intake:
         self.listener.stop()
         self._drop()
 
-    def restart(self, seed: int) -> None:
-        """Let go of what was gathered, and draw from ``seed``."""
-        self.draws = Draws(seed)
-        self._drop()
+    @property
+    def gathered(self) -> tuple[Statistics, Flags] | None:
+        """What was gathered since the last step that took something in, with its flags; or None."""
+        return None if self._pending is None else (self._pending, self._flags)
+
+    def restart(self, draws: Draws, gathered: tuple[Statistics, Flags] | None) -> None:
+        """Go on from a saved state: its draws, and what had been gathered when it was saved."""
+        self.draws = draws
+        self._pending, self._flags = gathered or (None, Flags())
+        self._heard_alone = False
         self.capture.forget()
 
     def take(self) -> tuple[Statistics, Flags] | None:
-        """What was gathered since the last step that took something in, with its flags; or None."""
-        taken = None if self._pending is None else (self._pending, self._flags)
+        """The same as ``gathered``, which is then empty."""
+        taken = self.gathered
         self._drop()
         return taken
 
     @property
     def missing(self) -> list[str]:
-        """The layers that have not fired yet, once any has."""
-        fired = self.capture.fired
-        return [name for name in self.capture.layers if name not in fired] if fired else []
+        """The layers that no score has reached yet, once any was reached."""
+        return [name for name in self.capture.layers if name not in self._reached] if self._reached else []
 
     def name_missing(self) -> None:
         """After the first capture: every layer that should have fired has, or is named."""
         layers, missing = self.capture.layers, self.missing
-        if self._named_missing or not missing:
+        if self._named_missing:
             return
         self._named_missing = True
-        logger.warning(
-            "%d of %d layers did not take part in the first forward: %s. Until they do, their gradients are left as "
-            "they are. A layer does not fire where its module is not called (its weight is used functionally), or is "
-            "called under no_grad, in reentrant activation checkpointing (use use_reentrant=False) or in a compiled "
-            "model. Exclude it with rules={name: dict(exclude=True)} if that is meant.",
-            len(missing),
-            len(layers),
-            ", ".join(missing),
-        )
+        silent = [name for name in missing if name not in self.capture.fired]
+        if silent:
+            logger.warning(
+                "%d of %d layers did not take part in the first forward: %s. Until they do, their gradients are left "
+                "as they are. A layer does not fire where its module is not called (its weight is used functionally), "
+                "or is called under no_grad, in reentrant activation checkpointing (use use_reentrant=False) or in a "
+                "compiled model. Exclude it with rules={name: dict(exclude=True)} if that is meant.",
+                len(silent),
+                len(layers),
+                ", ".join(silent),
+            )
+        apart = [name for name in missing if name in self.capture.fired]
+        if apart:
+            logger.warning(
+                "%d of %d layers were called, but the outputs that parametrise p do not depend on them: %s. Their "
+                "gradients are left as they are. Another head than the one given? Choose it with "
+                "data=kc.Data(outputs=...) or kfac.update(outputs), or exclude them by a rule.",
+                len(apart),
+                len(layers),
+                ", ".join(apart),
+            )
+        if self.capture.masks == (True, False):
+            logger.warning(
+                "a mask of real positions was found, and no layer has positions of that shape: padded positions count "
+                "like real ones. Layers must be (batch, length, ...) or flattened batch-first."
+            )
 
     def _drop(self) -> None:
         self._pending, self._flags = None, Flags()
@@ -170,14 +193,20 @@ class Intake:
             reached = self._send(outputs, likelihood, None, replaceable=True)
         except LikelihoodError:
             # A criterion may serve other models too, on outputs of other forms.
-            if self.capture.computed(outputs, spent=False):
+            if self._ours(outputs):
                 raise
             return
         if not reached and self.capture.computed(outputs, spent=True):
             raise CaptureError(
                 "the loss was called twice on one forward of the wrapped model: the library cannot know how the two "
-                "are weighted. Call kfac.update(outputs) once for the outputs that parametrise p."
+                "are weighted. For mixed-up labels pass the mixed probabilities as the target of one call; else call "
+                "kfac.update(outputs) once for the outputs that parametrise p."
             )
+
+    def _ours(self, outputs: Tensor) -> bool:
+        """Whether a forward held, waiting or sent back to, computed these outputs."""
+        held = self.capture
+        return outputs.requires_grad and (held.computed(outputs, spent=False) or held.computed(outputs, spent=True))
 
     def _send(
         self,
@@ -203,6 +232,7 @@ class Intake:
         if again:
             self._drop()
         self._heard_alone = replaceable
+        self._reached |= statistics.layers.keys()
         self._flags.note(statistics, invalid_labels=invalid)
         with torch.no_grad():
             self._pending = statistics if self._pending is None else self._pending.merged(statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .data import Data
-from .errors import CaptureError, KFACError
-from .hooks import Hook, Owner, in_backward
+from .errors import CaptureError, KFACError, LikelihoodError
+from .hooks import Hook, in_backward
 from .likelihoods import Likelihood, as_likelihood, heard_call
 
 Heard = Callable[[Tensor, Likelihood], None]
@@ -25,10 +26,17 @@ class Listener:
         data: where to find what a forward alone does not say.
         due: whether a call at this moment matters.
         heard: called with what was heard.
+        ours: whether a tensor was computed by a forward of the model.
     """
 
     def __init__(
-        self, likelihood: Likelihood | str | nn.Module, data: Data, *, due: Callable[[], bool], heard: Heard
+        self,
+        likelihood: Likelihood | str | nn.Module,
+        data: Data,
+        *,
+        due: Callable[[], bool],
+        heard: Heard,
+        ours: Callable[[Tensor], bool],
     ) -> None:
         self.criterion = likelihood if isinstance(likelihood, nn.Module) else None
         #: The likelihood for outputs of the model's own forward.
@@ -39,6 +47,7 @@ class Listener:
         self._data = data
         self._due = due
         self._heard = heard
+        self._ours = ours
         self._on = False
         self._handle: RemovableHandle | None = None
 
@@ -47,12 +56,20 @@ class Listener:
         """Whether calls are listened to."""
         return self._on
 
-    def start(self, owner: Owner) -> None:
+    def start(self) -> None:
         """Listen from now on."""
         self._on = True
         if self.criterion is not None and self._handle is None:
-            hook = Hook(self._criterion, owner)
-            self._handle = self.criterion.register_forward_pre_hook(hook, with_kwargs=True)
+            # Held weakly: a criterion that serves many trials must not keep their models alive.
+            called = weakref.WeakMethod(self._criterion)
+
+            def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                listen = called()
+                if listen is not None:
+                    listen(module, args, kwargs)
+
+            self._handle = self.criterion.register_forward_pre_hook(Hook(call), with_kwargs=True)
+            weakref.finalize(self, self._handle.remove)
 
     def stop(self) -> None:
         """Stop listening, and leave no hook."""
@@ -64,7 +81,13 @@ class Listener:
     def _criterion(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (torch.is_grad_enabled() and not in_backward() and self._due()):
             return
-        outputs, targets = heard_call(module, args, kwargs)
+        try:
+            outputs, targets = heard_call(module, args, kwargs)
+        except LikelihoodError:
+            # A criterion may serve other models too; only on outputs of ours is it ours to complain.
+            if any(isinstance(one, Tensor) and self._ours(one) for one in (*args, *kwargs.values())):
+                raise
+            return
         if outputs.requires_grad:
             self._heard(outputs, self._heard_likelihood.bind(targets))
 
@@ -89,8 +112,14 @@ class Listener:
         self.refused = None
         self._heard(outputs, bound)
 
-    def nothing_heard(self, *, forwards: bool) -> KFACError:
+    def nothing_heard(self, *, forwards: bool, explicit: bool) -> KFACError:
         """The error for a due step at which nothing was heard."""
+        if explicit:
+            return CaptureError(
+                "factors are due at this step, and kfac.update(outputs) was not called for its forward: call it after "
+                "every forward (where nothing is due it does nothing), and capture less often with "
+                "kc.Schedule(factors=...)."
+            )
         if self.refused is not None:
             return self.refused
         if not forwards:

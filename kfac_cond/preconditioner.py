@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
-from .coverage import Coverage
+from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
 from .distributed import StaticGraph, ranks, summed
@@ -27,7 +27,7 @@ from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
 from .trust_region import LayerUpdate, TrustRegion
-from .wrapping import covering, refuse_wrapped
+from .wrapping import covering, refuse_wrapped, require_unchanged
 
 
 class KFAC:
@@ -132,8 +132,7 @@ class KFAC:
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        layers = [self.layers[name] for name in self._intake.missing]
-        return Coverage(self._survey.rows).without(name for layer in layers for name in layer.layout.names)
+        return coverage_of_wrapped(self._model, self._rules, self.layers, self._intake.missing)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
@@ -276,7 +275,9 @@ class KFAC:
             average=self._average,
             inverses=self._inverses,
             health=self._health,
-            numbers={"step": self.step, "seed": self._intake.draws.seed},
+            gathered=self._intake.gathered,
+            draws=self._intake.draws,
+            step=self.step,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -289,7 +290,7 @@ class KFAC:
         self._average, self._inverses = loaded.average, loaded.inverses
         self._health = loaded.health
         self._clock = Clock(self.schedule, loaded.step)
-        self._intake.restart(loaded.seed)
+        self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -352,19 +353,30 @@ class KFAC:
 
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
+        if self._factors_due():
+            require_unchanged(self._model, self._rules, self.layers)
+        # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
+        self.damping.at(self._clock.at_most)
         captured = self._intake.take()
         if captured is not None:
             statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
             self._health.add(flags)
             self._average.update(statistics, decay=decay)
             self._intake.name_missing()
-        elif self._factors_due() and not (self._intake.explicit and self._average.ready):
-            raise self._intake.listener.nothing_heard(forwards=bool(self._intake.capture.waiting))
+        elif self._factors_due():
+            self._refuse_silence()
         waiting = set(self._average.ready) - self._inverses.keys() - self._unused
         if self._clock.inverses_due() or waiting:
             self._refresh_inverses()
         self._clock.taken_in = True
+
+    def _refuse_silence(self) -> None:
+        """Raise where a due step has a forward whose outputs nobody told of, or none at all."""
+        explicit, forwards = self._intake.explicit, bool(self._intake.capture.waiting)
+        # By hand one may leave steps out, but not forget the forward that was captured for one.
+        if not (explicit and self._average.ready and not forwards):
+            raise self._intake.listener.nothing_heard(forwards=forwards, explicit=explicit)
 
     def _refresh_inverses(self) -> None:
         if not self._health.read(first=not self._inverses):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .draws import Draws
 from .errors import StateError
-from .health import Health
+from .health import Flags, Health
 from .layers.survey import Layer
-from .statistics import MovingAverage, count_dtype, statistic_dtype
+from .statistics import LayerSums, MovingAverage, Statistics, count_dtype, statistic_dtype
 from .structures import Block, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
@@ -38,8 +39,9 @@ class Loaded:
     average: MovingAverage
     inverses: dict[str, Block]
     health: Health
+    gathered: tuple[Statistics, Flags] | None
+    draws: Draws
     step: int
-    seed: int
 
 
 def save(
@@ -48,14 +50,19 @@ def save(
     average: MovingAverage,
     inverses: Mapping[str, Block],
     health: Health,
-    numbers: Mapping[str, int],
+    gathered: tuple[Statistics, Flags] | None,
+    draws: Draws,
+    step: int,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        **numbers,
+        "step": step,
+        "seed": draws.seed,
+        "draws": draws.state(),
         "health": health.state(),
+        "gathered": None if gathered is None else _gathered_state(*gathered),
         "layers": {
             name: {
                 "shape": list(layer.layout.matrix_shape),
@@ -86,10 +93,46 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, patience: int
     health = Health(layers, patience=patience)
     try:
         health.load_state(saved["health"])
-        step, seed = int(saved["step"]), int(saved["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        step, draws = int(saved["step"]), Draws(int(saved["seed"]))
+        draws.load_state(saved["draws"])
+        gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(average, inverses, health, step, seed)
+    return Loaded(average, inverses, health, gathered, draws, step)
+
+
+def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
+    """What forwards left that no step has taken yet: the half of a loop that runs after the step."""
+    return {
+        "layers": {
+            name: {"A": sums.A, "A_count": sums.A_count, "G": sums.G} for name, sums in statistics.layers.items()
+        },
+        "divisor": statistics.divisor,
+        "adds": statistics.adds,
+        "examples": statistics.examples,
+        "finite": statistics.finite,
+        "nonfinite": dict(statistics.nonfinite),
+        "captures": flags.captures,
+        "flags": dict(flags.counts),
+    }
+
+
+def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any]) -> tuple[Statistics, Flags]:
+    sums = {name: LayerSums(**_placed(name, layers[name], parts)) for name, parts in entry["layers"].items()}
+    device = next((one.A.device for one in sums.values()), torch.device("cpu"))
+
+    def here(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {str(key): flag.to(device) for key, flag in flags.items()}
+
+    statistics = Statistics(
+        sums,
+        entry["divisor"].to(device),
+        bool(entry["adds"]),
+        int(entry["examples"]),
+        entry["finite"].to(device),
+        here(entry["nonfinite"]),
+    )
+    return statistics, Flags(int(entry["captures"]), here(entry["flags"]))
 
 
 def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
@@ -104,7 +147,7 @@ def _check_format(saved: object) -> None:
         raise StateError(f"this is not a KFAC state: found {found}, expected what KFAC.state_dict() returns")
     if saved.get("version") != VERSION:
         raise StateError(f"a KFAC state of version {saved.get('version')!r}; this library reads version {VERSION}")
-    missing = {"step", "seed", "health", "layers"} - set(saved)
+    missing = {"step", "seed", "draws", "health", "gathered", "layers"} - set(saved)
     if missing:
         raise StateError(f"a KFAC state without {sorted(missing)}: the file is incomplete")
     if not isinstance(saved["layers"], Mapping):
@@ -172,12 +215,13 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str,
         "values": layer.layout.matrix_shape,
         "A_weight": (),
         "G_weight": (),
+        "A_count": (),
     }
     placed = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shapes[key]:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise StateError(f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}")
-        kind = count_dtype(device) if key.endswith("_weight") else dtype
+        kind = tensor.dtype if key == "A_count" else count_dtype(device) if key.endswith("_weight") else dtype
         placed[key] = torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor)
     return placed

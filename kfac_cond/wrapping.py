@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ArgumentError, AttachError, CoverageError
+from .errors import ArgumentError, AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
-from .layers.survey import Survey, survey
+from .layers.survey import Layer, Survey, survey
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -47,3 +47,21 @@ def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey
                 f"DistributedDataParallel, or the plain module"
             )
     return found
+
+
+def require_unchanged(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer]) -> None:
+    """Refuse a model whose layers are no longer those that were wrapped: replaced, resized, frozen, unfrozen, added.
+
+    It reads names and shapes on the host, never a tensor.
+
+    Raises:
+        ModelChangedError: with the names of what changed.
+    """
+    now = survey(model, rules).layers
+    changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
+    if changed:
+        raise ModelChangedError(
+            f"{len(changed)} layers of {type(model).__name__} are no longer what was wrapped (replaced, resized, "
+            f"frozen, unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such a change; it "
+            f"keeps what still fits."
+        )

@@ -234,3 +234,40 @@ def test_the_state_of_another_model_is_refused(case):
     kfac = trained(MODELS[case]())
     with pytest.raises(kc.StateError, match="model"):
         kfac.load_state_dict(trained().state_dict())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_capture_after_the_step_survives_a_resume(stop):
+    """As a GAN's other half leaves one behind: forwards between the step and the checkpoint."""
+
+    def start():
+        torch.manual_seed(5)
+        model, criterion = torch.nn.Linear(3, 3), torch.nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = kc.KFAC(model, criterion, schedule=kc.Schedule(factors=1, inverses=2), data=kc.Data(seed=9))
+        kfac.attach(optimizer)
+        return model, criterion, optimizer, kfac
+
+    def iterate(model, criterion, optimizer, number):
+        generator = torch.Generator().manual_seed(number)
+        x, y = torch.randn(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        criterion(model(2 * x), y).backward()
+
+    model, criterion, optimizer, kfac = start()
+    saved = None
+    for number in range(5):
+        iterate(model, criterion, optimizer, number)
+        if number + 1 == stop:
+            buffer = io.BytesIO()
+            torch.save((model.state_dict(), kfac.state_dict()), buffer)
+            buffer.seek(0)
+            saved = torch.load(buffer, weights_only=True)
+    resumed, criterion, optimizer, again = start()
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    for number in range(stop, 5):
+        iterate(resumed, criterion, optimizer, number)
+    assert torch.equal(resumed.weight, model.weight)
