@@ -44,6 +44,8 @@ class Options:
             is for structure='mixed'.
         seed: seed of the label draws; None takes ``torch.initial_seed()``.
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
+        second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
+            same batches again, in the same order: no iterator, and nothing that shuffles.
         progress: show a progress bar; None shows it on a terminal.
         data: where to find masks, positions and outputs in a batch.
     """
@@ -52,6 +54,7 @@ class Options:
     rules: Mapping[str, Mapping[str, Any]] | None = None
     seed: int | None = None
     draws: Iterable[Sequence[Tensor]] | None = None
+    second_pass: bool = False
     progress: bool | None = None
     data: Data | None = None
 
@@ -138,19 +141,16 @@ def estimate(
     words = [structure] if isinstance(structure, str) else list(structure)
     _check(model, words, kind, samples, options)
     layers = _wanted(model, options)
-    stored = [_storage(word, layers) for word in words]
-    single = _Pass(model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
-    total: Statistics | None = None
-    with single.listening():
-        batches = data() if callable(data) else data
-        # Closed even after an exception, which would leave a progress bar on the terminal.
-        with closing(tracked(batches, description="Fisher", show=options.progress)) as shown:
-            for number, batch in enumerate(shown):
-                statistics = single.statistics(number, batch)
-                total = statistics if total is None else total.merged(statistics)
-    if total is None:
-        raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
-    fishers = single.fishers(total, words)
+    stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
+    given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
+    single = _Pass(*given)
+    total = single.run(data)
+    factors = single.factors(total)
+    if any(one.waiting for one in stored):
+        for one in stored:
+            one.look_again(factors)
+        _check_again(total, _Pass(*given).run(data))
+    fishers = single.fishers(total, factors, words)
     return fishers[0] if isinstance(structure, str) else fishers
 
 
@@ -173,6 +173,14 @@ def _check(model: nn.Module, words: list[str], kind: str, samples: int, options:
         raise ArgumentError(f"kind={kind!r} draws no labels: leave out samples and draws")
 
 
+def _check_again(first: Statistics, second: Statistics) -> None:
+    if first.examples != second.examples or not (first.divisor.is_meta or bool(first.divisor == second.divisor)):
+        raise ArgumentError(
+            f"the second pass gave {second.examples} examples and M = {float(second.divisor):g}, the first "
+            f"{first.examples} and {float(first.divisor):g}: second_pass=True needs the same batches again"
+        )
+
+
 def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     found = survey(model, options.rules).layers
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
@@ -189,7 +197,7 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     return wanted
 
 
-def _storage(word: str, layers: Mapping[str, Layer]) -> LayerByLayer | Joint:
+def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByLayer | Joint:
     """What collects one estimate."""
     layouts = {name: layer.layout for name, layer in layers.items()}
     if word == "dense":
@@ -198,7 +206,7 @@ def _storage(word: str, layers: Mapping[str, Layer]) -> LayerByLayer | Joint:
     for name, structure in structures.items():
         if structure not in COLLECTORS:
             raise ArgumentError(f"rules: layer '{name}' has structure={structure!r}, expected one of {[*COLLECTORS]}")
-    return LayerByLayer(layouts, structures)
+    return LayerByLayer(layouts, structures, twice=twice)
 
 
 class _Pass:
@@ -218,6 +226,7 @@ class _Pass:
         self.kind, self.samples = kind, samples
         self.data = options.data or Data()
         self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
+        self.progress = options.progress
         self.injected = None if options.draws is None else iter(options.draws)
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
         self.wanted = self._wanted()
@@ -240,7 +249,8 @@ class _Pass:
 
     def _take(self, pairs: Pairs, weight: float) -> None:
         for one in self.stored:
-            one.take({name: pair for name, pair in pairs.items() if name in one.pairs}, weight)
+            if asked := {name: pair for name, pair in pairs.items() if name in one.pairs}:
+                one.take(asked, weight)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.call = (args, kwargs, output)
@@ -255,6 +265,20 @@ class _Pass:
             stack.callback(self.capture.remove)
             self.capture.install()
             yield
+
+    def run(self, data: Batches) -> Statistics:
+        """The statistics of all batches."""
+        total: Statistics | None = None
+        with self.listening():
+            batches = data() if callable(data) else data
+            # Closed even after an exception, which would leave a progress bar on the terminal.
+            with closing(tracked(batches, description="Fisher", show=self.progress)) as shown:
+                for number, batch in enumerate(shown):
+                    statistics = self.statistics(number, batch)
+                    total = statistics if total is None else total.merged(statistics)
+        if total is None:
+            raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
+        return total
 
     def statistics(self, number: int, batch: Any) -> Statistics:
         """The statistics of one batch, seen to be finite."""
@@ -333,14 +357,8 @@ class _Pass:
             f"'{bad[0]}': look for NaN or infinite inputs or weights."
         )
 
-    def fishers(self, total: Statistics, words: Sequence[str]) -> list[Fisher]:
+    def fishers(self, total: Statistics, factors: Mapping[str, KroneckerBlock], words: Sequence[str]) -> list[Fisher]:
         """The sums divided, in each of the structures."""
-        missing = [name for name in self.layers if name not in total.layers]
-        if missing:
-            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
-        if not total.divisor.is_meta and not bool(total.divisor > 0):
-            raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
-        factors = self._factors(total)
         counts = {"examples": total.examples, "terms": total.divisor}
         fishers = []
         for word, one in zip(words, self.stored, strict=True):
@@ -352,8 +370,13 @@ class _Pass:
             fishers.append(Fisher(blocks, meta={**meta, "counts": counts}))
         return fishers
 
-    def _factors(self, total: Statistics) -> dict[str, KroneckerBlock]:
+    def factors(self, total: Statistics) -> dict[str, KroneckerBlock]:
         """G (x) A of the layers that took part and whose moments were asked for."""
+        missing = [name for name in self.layers if name not in total.layers]
+        if missing:
+            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
+        if not total.divisor.is_meta and not bool(total.divisor > 0):
+            raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
         factors = {}
         for name, layer in self.layers.items():
             sums = total.layers.get(name)

@@ -2,134 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
+from kfac_cond.structures.collect import KeepingCollector
 
+from .fisher_cases import LIKELIHOODS, MODELS, Tokens, case, perceptron
 from .helpers import Apply
-from .reference import (
-    assert_same,
-    bernoulli_log_prob,
-    categorical_log_prob,
-    exact_fisher,
-    fisher_of_draws,
-    gaussian_log_prob,
-)
+from .reference import assert_same
 
 KINDS = ["sampled", "exact", "empirical", "forward_only"]
 PER_LAYER = ["kfac", "ekfac", "tkfac", "kpsvd", "diagonal", "block"]
-
-
-class Tokens(nn.Module):
-    """Attention written out over (N, S, d), one layer used twice and one without bias: positions mix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.value, self.head = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = (self.query(x) @ torch.tanh(self.query(x.flip(1))).mT).softmax(-1)
-        return self.head(x + weights @ self.value(x))
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-
-
-def pixels() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(4, 2, (2, 1), groups=2), nn.Tanh(), nn.Conv2d(2, 3, 2, padding=1), Apply(lambda x: x.mean((2, 3)))
-    )
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "perceptron": (perceptron, (5, 3)),
-    "tokens": (Tokens, (4, 3, 2)),
-    "pixels": (pixels, (4, 4, 3, 2)),
-}
-
-
-def information(name: str, f: Tensor) -> Tensor:
-    """The output Fisher of one example, its terms along all but the last dimension."""
-    if name == "categorical":
-        p = f.softmax(-1)
-        blocks = torch.diag_embed(p) - p[..., None] * p[..., None, :]
-    else:
-        of_one = f.sigmoid() * (1 - f.sigmoid()) if name == "bernoulli" else torch.full_like(f, 1 / 0.7)
-        blocks = torch.diag_embed(of_one)
-    return torch.block_diag(*blocks.reshape(-1, f.shape[-1], f.shape[-1]))
-
-
-LIKELIHOODS = {
-    "categorical": (kc.Categorical(dim=-1), categorical_log_prob),
-    "bernoulli": (kc.Bernoulli(event_dims=(-1,)), bernoulli_log_prob),
-    "gaussian": (kc.Gaussian(0.7, event_dims=(-1,)), lambda f, y: gaussian_log_prob(f, y, 0.7)),
-}
-
-
-class Case:
-    """A model with data and labels, and the matrices that brute force gives for it."""
-
-    def __init__(self, model: str, likelihood: str) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            make, shape = MODELS[model]
-            self.model, self.inputs = make().double(), torch.randn(shape, dtype=torch.float64)
-            self.name, (self.likelihood, self.log_prob) = likelihood, LIKELIHOODS[likelihood]
-            outputs = self.model(self.inputs).detach()
-            self.labels, *self.draws = (self.drawn(outputs) for _ in range(3))
-        self.divisor = outputs[..., 0].numel()
-        self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-
-    def drawn(self, outputs: Tensor) -> Tensor:
-        if self.name == "categorical":
-            return torch.randint(outputs.shape[-1], outputs.shape[:-1])
-        return torch.randint(2, outputs.shape).double() if self.name == "bernoulli" else torch.randn_like(outputs)
-
-    def estimate(self, structure: str | list[str], kind: str, **options: object) -> kc.Fisher | list[kc.Fisher]:
-        # Two batches, of unequal size.
-        data = [(self.inputs[:3], self.labels[:3]), (self.inputs[3:], self.labels[3:])]
-        if kind == "sampled":
-            options["draws"] = [[draw[:3] for draw in self.draws], [draw[3:] for draw in self.draws]]
-        return kc.estimate(
-            self.model, data, self.likelihood, structure=structure, kind=kind, options=kc.Options(**options)
-        )
-
-    @lru_cache  # noqa: B019
-    def dense(self, kind: str) -> Tensor:
-        """F over all parameters, in the order of a flat vector."""
-        parameters = [p for module in self.layers.values() for p in module.parameters()]
-        settings = {"parameters": parameters, "divisor": self.divisor}
-        if kind == "exact":
-            return exact_fisher(self.model, self.inputs, lambda f: information(self.name, f), **settings).detach()
-        labels = self.draws if kind == "sampled" else [self.labels]
-        return fisher_of_draws(self.model, self.inputs, labels, self.log_prob, **settings)
-
-    def block(self, kind: str, block: kc.Block) -> Tensor:
-        """F of one layer in the order of its matrix; for 'forward_only' I (x) A."""
-        if kind == "forward_only":
-            eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "sampled")[block.name].A
-            return torch.block_diag(*[torch.kron(eye, one) for one in A.reshape(-1, *A.shape[-2:])])
-        order = self.order(block)
-        return self.dense(kind)[order][:, order]
-
-    def order(self, block: kc.Block) -> Tensor:
-        """Where the entries of the layer's matrix are in a flat vector of all parameters."""
-        start, places = 0, {}
-        for name, parameter in self.model.named_parameters():
-            places[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
-            start += parameter.numel()
-        return block.layout.to_matrix({name: places[name] for name in block.layout.names}).flatten()
-
-
-@lru_cache
-def case(model: str, likelihood: str) -> Case:
-    return Case(model, likelihood)
 
 
 def by_group(F: Tensor, block: kc.Block) -> list[Tensor]:
@@ -267,6 +152,54 @@ def test_an_iterator_is_enough(structure):
     assert_same(found.to_dense(), kc.estimate(of.model, [of.inputs], of.likelihood, **settings).to_dense())
 
 
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_second_pass_gives_what_kept_pairs_give(model, kind):
+    of = case(model, "categorical")
+    words = ["ekfac", "diagonal", "kfac", "dense"]
+    for found, expected in zip(of.estimate(words, kind, second_pass=True), of.estimate(words, kind), strict=True):
+        assert_same(found.to_dense(), expected.to_dense())
+
+
+def test_a_second_pass_drops_the_same_units_and_draws_the_same_labels():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    data = torch.randn(12, 3).split(4)
+    options = kc.Options(second_pass=True)
+    ekfac, diagonal = kc.estimate(model, data, "categorical", structure=["ekfac", "diagonal"], options=options)
+    # Of the second pass the one, of the first the other.
+    assert_same(ekfac.trace(), diagonal.trace())
+
+
+def test_a_second_pass_keeps_no_pairs(monkeypatch):
+    monkeypatch.setattr(KeepingCollector, "add", lambda *_: pytest.fail("a pair was kept"))
+    case("tokens", "categorical").estimate(["ekfac", "tkfac"], "sampled", second_pass=True)
+
+
+@pytest.mark.parametrize(("structure", "passes"), [("ekfac", 2), ("kfac", 1), ("diagonal", 1)])
+def test_a_second_pass_is_made_only_where_it_is_needed(structure, passes):
+    of, calls = case("perceptron", "categorical"), []
+    handle = of.model.register_forward_hook(lambda *_: calls.append(1))
+    of.estimate(structure, "exact", second_pass=True)
+    handle.remove()
+    assert len(calls) == 2 * passes
+
+
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [([], "yielded no batch"), ([torch.zeros(3, 3, dtype=torch.float64)], "second pass gave 3 examples")],
+)
+def test_a_second_pass_over_other_data_is_refused(again, message):
+    batches = iter([[torch.randn(4, 3)], again])
+    with pytest.raises(kc.ArgumentError, match=message):
+        kc.estimate(
+            perceptron(),
+            lambda: next(batches),
+            "categorical",
+            structure="ekfac",
+            options=kc.Options(second_pass=True),
+        )
+
+
 def test_mixed_takes_each_layer_from_its_rule():
     of = case("tokens", "categorical")
     rules = {"*": {"structure": "diagonal"}, "head": {"structure": "ekfac"}, "value": {"structure": "block"}}
@@ -295,6 +228,21 @@ def test_a_rule_that_would_not_hold_is_refused():
 def test_a_rule_with_a_structure_that_no_layer_has_is_refused(word):
     with pytest.raises(kc.ArgumentError, match=f"'head' has structure='{word}'"):
         case("tokens", "categorical").estimate("mixed", "sampled", rules={"head": {"structure": word}})
+
+
+@pytest.mark.parametrize("structure", ["tkfac", "kpsvd", "diagonal", "block", "dense"])
+def test_how_positions_are_shared_does_not_matter_to_what_is_made_of_examples(structure):
+    of = case("tokens", "categorical")
+    reduced = of.estimate(structure, "exact", rules={"*": {"sharing": "reduce"}})
+    assert_same(reduced.to_dense(), of.estimate(structure, "exact").to_dense())
+
+
+def test_a_shared_basis_has_the_eigenvalues_of_the_exact_matrix():
+    """ORACLES 20 in the basis of 'reduce'."""
+    of = case("tokens", "categorical")
+    found = of.estimate("ekfac", "exact", rules={"*": {"sharing": "reduce"}})
+    for block in found.values():
+        assert_same(block.to_dense(), eigen_corrected(of.block("exact", block), block))
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "block", "dense"])
@@ -377,54 +325,3 @@ def test_no_side_of_the_input_is_squared_for_a_diagonal(monkeypatch):
 def test_values_that_are_not_finite_are_refused(structure):
     with pytest.raises(kc.NumericalError, match="not finite"):
         kc.estimate(perceptron(), [torch.full((2, 3), float("nan"))], "categorical", structure=structure)
-
-
-@pytest.mark.parametrize("kind", ["empirical", "forward_only"])
-def test_what_is_not_the_conditional_fisher_says_so(kind):
-    fisher = case("perceptron", "categorical").estimate("kfac", kind)
-    assert "not the conditional Fisher" in repr(fisher)
-    assert "not the conditional Fisher" in kc.estimate.__doc__.replace("\n            ", " ")
-
-
-@pytest.mark.parametrize("kind", ["sampled", "exact"])
-def test_what_is_the_conditional_fisher_does_not(kind):
-    assert "not the" not in repr(case("perceptron", "categorical").estimate("kfac", kind))
-
-
-def test_the_empirical_one_differs_from_the_conditional_one():
-    of = case("perceptron", "categorical")
-    empirical, exact = (of.estimate("block", kind).to_dense() for kind in ("empirical", "exact"))
-    assert (empirical - exact).norm() > 0.1 * exact.norm()
-
-
-def test_the_empirical_one_needs_data_labels():
-    with pytest.raises(kc.LikelihoodError, match="needs data labels"):
-        kc.estimate(perceptron(), [torch.randn(2, 3)], "categorical", kind="empirical")
-
-
-def test_the_empirical_one_refuses_labels_out_of_range():
-    with pytest.raises(kc.LikelihoodError, match="labels out of the range"):
-        kc.estimate(perceptron(), [(torch.randn(2, 3), torch.tensor([0, 7]))], "categorical", kind="empirical")
-
-
-def test_the_empirical_one_leaves_ignored_labels_out():
-    model, x, y = perceptron(), torch.randn(4, 3), torch.tensor([0, -100, 1, -100])
-    found = kc.estimate(model, [(x, y)], "categorical", structure="block", kind="empirical")
-    expected = kc.estimate(model, [(x[y >= 0], y[y >= 0])], "categorical", structure="block", kind="empirical")
-    assert_same(found.to_dense(), expected.to_dense())
-
-
-def test_forward_only_sends_nothing_back():
-    model, backwards = perceptron(), []
-    model[1].register_full_backward_hook(lambda *_: backwards.append(1))
-    fisher = kc.estimate(model, [torch.randn(4, 3)], "categorical", kind="forward_only")
-    assert torch.equal(fisher["0"].G, torch.eye(4))
-    assert backwards == []
-
-
-def test_forward_only_does_not_depend_on_the_outputs():
-    model, x = perceptron(), torch.randn(4, 3)
-    found, other = (
-        kc.estimate(model, [x], one, kind="forward_only") for one in ("categorical", kc.Gaussian(0.1, reduction="sum"))
-    )
-    assert torch.equal(found.to_dense(), other.to_dense())

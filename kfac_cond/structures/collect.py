@@ -21,6 +21,7 @@ from ..linalg.pairs import example_rows, input_moment, squared_gradients
 from .base import Block, require_dense
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
+from .eigen import EigenBlock
 from .kronecker import KroneckerBlock
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -161,19 +162,37 @@ class KeepingCollector(Collector):
 class EigenCollector(KeepingCollector):
     """'ekfac': the Kronecker eigenbasis, with eigenvalues (1/M) sum E[(U_G^T V_n U_A)^2] of the same data and draws.
 
+    Once it has the basis, in a second pass, it keeps no pairs.
+
     Source: George et al. 2018 (arXiv:1806.03884), section 3.
     """
 
     moments = True
+    basis: EigenBlock | None = None
+    sum: Tensor | None = None
+
+    def look_again(self, factors: KroneckerBlock) -> None:
+        """Take the eigenbasis that the eigenvalues are estimated in."""
+        self.basis = factors.eigen()
+
+    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
+        if self.basis is None:
+            super().add(a, g, weight)
+            return
+        U_A, U_G = self.basis.basis_A.unsqueeze(-3), self.basis.basis_G.unsqueeze(-3)
+        # U_G^T V U_A is the weight gradient of the rotated pairs.
+        self.sum = added(self.sum, squared_gradients(a @ U_A, g @ U_G), weight)
 
     def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
-        if factors is None or not self.kept:
+        if factors is None:
             return None
-        basis = factors.eigen()
-        U_A, U_G = basis.basis_A.unsqueeze(-3), basis.basis_G.unsqueeze(-3)
-        # U_G^T V U_A is the weight gradient of the rotated pairs.
-        values = self.total(lambda a, g: squared_gradients(a @ U_A, g @ U_G)) / divisor
-        return basis.with_values(values)
+        if self.basis is None:
+            self.look_again(factors)
+            for a, g, weight in self.kept:
+                self.add(a, g, weight)
+        if self.sum is None or self.basis is None:
+            return None
+        return self.basis.with_values(self.sum / divisor.to(self.sum.device))
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return block.eigen()
@@ -227,17 +246,32 @@ class LayerByLayer:
     Args:
         layouts: the layers' matrices by name, in order.
         structures: the layers' structures by name.
+        twice: whether the data come a second time, so that 'ekfac' need not keep pairs.
     """
 
-    def __init__(self, layouts: Mapping[str, WeightLayout], structures: Mapping[str, str]) -> None:
+    def __init__(
+        self, layouts: Mapping[str, WeightLayout], structures: Mapping[str, str], *, twice: bool = False
+    ) -> None:
         self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)
-        self.pairs = frozenset(name for name, one in self.collectors.items() if one.pairs)
+        #: The layers that wait for the second pass, and those whose pairs are taken in the pass at hand.
+        self.waiting = frozenset(
+            name for name, one in self.collectors.items() if twice and isinstance(one, EigenCollector)
+        )
+        self.pairs = frozenset(name for name, one in self.collectors.items() if one.pairs) - self.waiting
+
+    def look_again(self, factors: Mapping[str, KroneckerBlock]) -> None:
+        """Begin the second pass, with G (x) A of the first."""
+        self.moments, self.pairs = frozenset(), self.waiting & factors.keys()
+        for name in self.pairs:
+            collector = self.collectors[name]
+            assert isinstance(collector, EigenCollector)
+            collector.look_again(factors[name])
 
     def take(self, pairs: Pairs, weight: float) -> None:
-        """Take in the pairs of one batch and draw."""
-        for name in self.pairs & pairs.keys():
-            self.collectors[name].add(*pairs[name], weight)
+        """Take in the pairs of one batch and draw, of layers in ``pairs`` alone."""
+        for name, pair in pairs.items():
+            self.collectors[name].add(*pair, weight)
 
     def blocks(self, factors: Mapping[str, KroneckerBlock], divisor: Tensor) -> dict[str, Block]:
         """The blocks of the layers that took part, from G (x) A where they are made of them, and M."""
@@ -257,6 +291,7 @@ class Joint:
     """
 
     moments: frozenset[str] = frozenset()
+    waiting: frozenset[str] = frozenset()
 
     def __init__(self, layouts: Mapping[str, WeightLayout]) -> None:
         self.layouts = dict(layouts)
@@ -264,6 +299,10 @@ class Joint:
         self.pairs = frozenset(layouts)
         self.sum: Tensor | None = None
         require_dense(self.layout.numel, f"structure='dense' over {len(layouts)} layers")
+
+    def look_again(self, factors: Mapping[str, KroneckerBlock]) -> None:
+        """Take nothing in the second pass."""
+        self.pairs = frozenset()
 
     def take(self, pairs: Pairs, weight: float) -> None:
         """Take in the pairs of one batch and draw; a layer that no gradient reached has zeros."""
