@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.structures.collect import KeepingCollector
+from kfac_cond.structures.collect import KeepingCollector, NearestCollector
 
 from .fisher_cases import LIKELIHOODS, MODELS, Tokens, case, perceptron
 from .helpers import Apply
@@ -112,6 +112,13 @@ def test_the_nearest_kronecker_product_is_nearer_than_the_others(model, other):
     for name, block in nearest_one.items():
         F = of.block("exact", block)
         assert torch.linalg.norm(F - block.to_dense()) <= torch.linalg.norm(F - some[name].to_dense()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("iterations", "warned"), [(1, True), (500, False)])
+def test_a_nearest_product_that_is_not_found_is_warned_of(iterations, warned, monkeypatch, caplog):
+    monkeypatch.setattr(NearestCollector, "iterations", iterations)
+    case("tokens", "categorical").estimate("kpsvd", "exact")
+    assert ("layer 'query': the nearest Kronecker product still moves" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "block"])

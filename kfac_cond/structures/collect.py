@@ -6,6 +6,7 @@ structure asks for decides what is captured: A and G, pairs (a, g) of each examp
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +24,8 @@ from .dense import DenseBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .kronecker import KroneckerBlock
+
+logger = logging.getLogger("kfac_cond")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """(a, g) by layer name."""
@@ -215,13 +218,21 @@ class NearestCollector(KeepingCollector):
         if not self.kept:
             return None
         # The first half step, from G = I, gives the trace-restricted A; the scale is in G alone, by the last half step.
-        A = _unit(self.total(input_moment))
+        A = before = _unit(self.total(input_moment))
         round_off = self.tolerance * torch.finfo(A.dtype).eps
         for _ in range(self.iterations):
             G = _unit(self._output_moment(A))
             before, A = A, _unit(self.total(partial(input_moment, weight=G)))
             if bool((torch.linalg.matrix_norm(A - before) <= round_off).all()):
                 break
+        else:
+            logger.warning(
+                "layer '%s': the nearest Kronecker product still moves by %.1e after %d iterations: others are about as "
+                "near.",
+                self.name,
+                torch.linalg.matrix_norm(A - before).max(),
+                self.iterations,
+            )
         return KroneckerBlock(self.layout, A, self._output_moment(A) / divisor, self.name)
 
     def _output_moment(self, A: Tensor) -> Tensor:
