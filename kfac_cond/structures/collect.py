@@ -13,6 +13,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from ..layers.layout import JointLayout, WeightLayout
@@ -182,9 +183,12 @@ class EigenCollector(KeepingCollector):
         if self.basis is None:
             super().add(a, g, weight)
             return
-        U_A, U_G = self.basis.basis_A.unsqueeze(-3), self.basis.basis_G.unsqueeze(-3)
         # U_G^T V U_A is the weight gradient of the rotated pairs.
-        self.sum = added(self.sum, squared_gradients(a @ U_A, g @ U_G), weight)
+        rotated = [
+            einsum(x, basis, "... n s d, ... d e -> ... n s e")
+            for x, basis in ((a, self.basis.basis_A), (g, self.basis.basis_G))
+        ]
+        self.sum = added(self.sum, squared_gradients(*rotated), weight)
 
     def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
         if factors is None:
@@ -227,8 +231,8 @@ class NearestCollector(KeepingCollector):
                 break
         else:
             logger.warning(
-                "layer '%s': the nearest Kronecker product still moves by %.1e after %d iterations: others are about as "
-                "near.",
+                "layer '%s': the nearest Kronecker product still moves by %.1e after %d iterations: others are as "
+                "near, or nearly.",
                 self.name,
                 torch.linalg.matrix_norm(A - before).max(),
                 self.iterations,
