@@ -26,6 +26,8 @@ from .preconditioner import KFAC
 from .schedules import Schedule
 from .structures import (
     Block,
+    DenseBlock,
+    DiagonalBlock,
     EigenBlock,
     Fisher,
     ImplicitBlock,
@@ -54,6 +56,8 @@ __all__ = [
     "CoverageError",
     "Damping",
     "Data",
+    "DenseBlock",
+    "DiagonalBlock",
     "EigenBlock",
     "Fisher",
     "Gaussian",

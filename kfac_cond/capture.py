@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
-from .forwards import Forward, Use, add_gradients, add_inputs
+from .forwards import Forward, Use, Wanted, add_gradients, add_inputs
 from .guards import EagerForwards, kept_running_statistics, without_autocast
 from .hooks import Hook, Owner, in_backward
 from .layers.sharing import kept
@@ -57,6 +57,7 @@ class Capture:
         owner: whose hooks these are.
         positions: of (args, kwargs) of the model's call: a bool mask (B, T) of real positions, or None.
         heard: called with (args, kwargs, outputs) after each captured call of the model.
+        wanted: what is asked for where it is not A and G of every layer.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Capture:
         owner: Owner | None,
         positions: Positions | None = None,
         heard: Heard | None = None,
+        wanted: Wanted | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -81,6 +83,7 @@ class Capture:
         self._owner = owner
         self._positions = positions
         self._heard = heard
+        self._wanted = wanted
         self._handles: list[RemovableHandle] = []
         self._eager = EagerForwards(model)
 
@@ -169,7 +172,7 @@ class Capture:
             a = layer.kind.activations(module, inputs.to(statistic_dtype(inputs.dtype)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
             self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or keep is not None)
-            forward.add(layer, Use(edge, output.shape, module, keep), a)
+            forward.add(layer, Use(edge, output.shape, module, keep), a, self._wanted)
 
     def send_back(
         self,
@@ -214,7 +217,7 @@ class Capture:
             reached = [(entry, use, g) for (_, entry, use), g in zip(uses, gradients, strict=True) if g is not None]
             del gradients
             with torch.no_grad():
-                add_gradients(sums, reached, weight, examples)
+                add_gradients(sums, reached, weight, examples, self._wanted)
         heard = [forwards[index] for index in sorted(touched)]
         with torch.no_grad():
             add_inputs(sums, heard)
@@ -223,6 +226,17 @@ class Capture:
         if not again:
             self.waiting = [forward for forward in self.waiting if not any(forward is one for one in heard)]
             self.spent += heard
+        return sums
+
+    def inputs(self) -> dict[str, LayerSums]:
+        """The sums of the inputs of all forwards that wait, with a zero for G: nothing is sent back."""
+        sums: dict[str, LayerSums] = {}
+        for forward in self.waiting:
+            for name, entry in forward.entries.items():
+                zero = entry.inputs.new_zeros(())
+                sums.setdefault(name, LayerSums(zero, zero, zero))
+        with torch.no_grad():
+            add_inputs(sums, self.waiting)
         return sums
 
     def computed(self, outputs: Tensor, *, spent: bool) -> bool:
@@ -278,8 +292,12 @@ def gathered(
     pairs = (((score,), weight) for score, weight in scores)
     with without_autocast(outputs.device):
         sums = capture.send_back([outputs], pairs, examples=examples, again=again, replaceable=replaceable)
-    if sums is None:
-        return None
+    return None if sums is None else counted(sums, outputs, likelihood, invalid)
+
+
+def counted(sums: dict[str, LayerSums], outputs: Tensor, likelihood: Likelihood, invalid: Tensor) -> Statistics:
+    """Sums of one batch with the counts and flags that the likelihood gives its outputs."""
+    examples = likelihood.examples(outputs)
     finite, nonfinite = check_finite(sums)
     divisor = likelihood.terms(outputs)
     return Statistics(

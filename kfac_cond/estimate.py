@@ -7,28 +7,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, gathered
-from .checks import are_tensors, check_module, check_seed, described, settings_of
+from .capture import Capture, counted, gathered
+from .checks import are_tensors, check_module, check_seed, checked_rules, described, settings_of
 from .data import Data, call_model, leading_dimension
 from .draws import Draws
 from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
-from .guards import kept_state
+from .forwards import Pairs, Wanted
+from .guards import kept_state, without_autocast
 from .hooks import hook_owners
 from .layers.survey import Layer, survey
 from .likelihoods import Categorical, Likelihood, as_likelihood, exact_scores, sampled_scores
 from .listening import bound_to_batch
 from .progress import tracked
 from .statistics import Statistics
-from .structures import Fisher, KroneckerBlock
+from .structures import COLLECTORS, Fisher, Joint, KroneckerBlock, LayerByLayer
 
 logger = logging.getLogger("kfac_cond")
 
-Kind = Literal["sampled", "exact"]
+Kind = Literal["sampled", "exact", "empirical", "forward_only"]
+KINDS = ("sampled", "exact", "empirical", "forward_only")
+STRUCTURES = (*COLLECTORS, "dense", "mixed")
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -38,9 +41,12 @@ class Options:
 
     Args:
         layers: pattern or patterns (``fnmatch``) of the layers wanted; None for all.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=)}.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, structure=)}; ``structure``
+            is for structure='mixed'.
         seed: seed of the label draws; None takes ``torch.initial_seed()``.
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
+        second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
+            same batches again, in the same order: no iterator, and nothing that shuffles.
         progress: show a progress bar; None shows it on a terminal.
         data: where to find masks, positions and outputs in a batch.
     """
@@ -49,6 +55,7 @@ class Options:
     rules: Mapping[str, Mapping[str, Any]] | None = None
     seed: int | None = None
     draws: Iterable[Sequence[Tensor]] | None = None
+    second_pass: bool = False
     progress: bool | None = None
     data: Data | None = None
 
@@ -67,6 +74,7 @@ class Options:
         settings_of(self.data, Data, "Options.data")
 
 
+@overload
 def estimate(
     model: nn.Module,
     data: Batches,
@@ -76,7 +84,32 @@ def estimate(
     kind: Kind = "sampled",
     samples: int = 1,
     options: Options | None = None,
-) -> Fisher:
+) -> Fisher: ...
+
+
+@overload
+def estimate(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    *,
+    structure: list[str] | tuple[str, ...],
+    kind: Kind = "sampled",
+    samples: int = 1,
+    options: Options | None = None,
+) -> list[Fisher]: ...
+
+
+def estimate(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood | str | nn.Module,
+    *,
+    structure: str | list[str] | tuple[str, ...] = "kfac",
+    kind: Kind = "sampled",
+    samples: int = 1,
+    options: Options | None = None,
+) -> Fisher | list[Fisher]:
     """The conditional Fisher of ``model`` over ``data``: inputs from the data, labels from the model.
 
     The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the
@@ -87,14 +120,21 @@ def estimate(
         data: batches, or a function that yields them: a tensor, a tuple (inputs, labels), or a mapping of keyword
             arguments. Labels serve masks and class weights alone.
         likelihood: a likelihood, its name, or a criterion module.
-        structure: 'kfac', a Kronecker pair for each layer.
+        structure: what each layer's block is stored as: 'kfac' (a Kronecker pair), 'ekfac' (its eigenbasis with
+            eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'block' (a dense matrix);
+            'dense' (all layers in one matrix); 'mixed' (what ``Options(rules=)`` says of each layer, 'kfac' elsewhere).
+            A list gives a list, from one pass of forwards and backwards. 'ekfac' and 'kpsvd' hold a and g of all the
+            data until the end.
         kind: 'sampled' draws ``samples`` labels for each term; 'exact' sums over all labels in closed form (type-2),
-            one backward for each term of an example and each output.
+            one backward for each term of an example and each output. Two kinds are not the conditional Fisher:
+            'empirical' takes the data labels in place of labels drawn from the model (gradients of one example's loss,
+            squared; not zero on average away from the optimum); 'forward_only' takes no labels and no backward, and
+            sets G = I.
         samples: label draws a batch, each one backward through the one forward.
         options: see ``Options``.
 
     Returns:
-        A ``Fisher``: a mapping from layer name to block.
+        A ``Fisher``: a mapping from layer name to block; a list of them for a list of structures.
 
     Raises:
         ArgumentError: an argument out of range, or data that yield nothing.
@@ -113,35 +153,49 @@ def estimate(
     expectation.
     """
     options = settings_of(options, Options, "options")
-    _check(model, structure, kind, samples, options)
+    words = [structure] if isinstance(structure, str) else list(structure)
+    _check(model, words, kind, samples, options)
     if not callable(data):
         _checked(data)
     layers = _wanted(model, options)
-    single = _Pass(model, layers, as_likelihood(likelihood, heard=False), kind, samples, options)
-    total: Statistics | None = None
-    with single.listening():
-        batches = _checked(data() if callable(data) else data)
-        # Closed even after an exception, which would leave a progress bar on the terminal.
-        with closing(tracked(batches, description="Fisher", show=options.progress)) as shown:
-            for number, batch in enumerate(shown):
-                statistics = single.statistics(number, batch)
-                total = statistics if total is None else total.merged(statistics)
-    if total is None:
-        raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
-    single.require_all_drawn()
-    return single.fisher(total)
+    stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
+    given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
+    single = _Pass(*given)
+    total = single.run(data)
+    factors = single.factors(total)
+    if any(one.waiting for one in stored):
+        for one in stored:
+            one.look_again(factors)
+        _check_again(total, _Pass(*given).run(data))
+    fishers = single.fishers(total, factors, words)
+    return fishers[0] if isinstance(structure, str) else fishers
 
 
-def _check(model: nn.Module, structure: str, kind: str, samples: int, options: Options) -> None:
+def _check(model: nn.Module, words: list[str], kind: str, samples: int, options: Options) -> None:
     check_module(model)
-    if structure != "kfac":
-        raise ArgumentError(f"structure={structure!r}: expected 'kfac'")
-    if kind not in ("sampled", "exact"):
-        raise ArgumentError(f"kind={kind!r}: expected 'sampled' or 'exact'")
+    if not words:
+        raise ArgumentError("structure is an empty list: expected at least one structure")
+    for word in words:
+        if word not in STRUCTURES:
+            raise ArgumentError(f"structure={word!r}: expected one of {', '.join(STRUCTURES)}")
+    if kind not in KINDS:
+        raise ArgumentError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    rules = checked_rules(options.rules)
+    ruled = [pattern for pattern, rule in rules.items() if rule.get("structure") is not None]
+    if ruled and "mixed" not in words:
+        raise ArgumentError(f"rules['{ruled[0]}'] sets a structure: pass structure='mixed' for it to hold")
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ArgumentError(f"samples={samples!r}: expected a whole number >= 1")
-    if kind == "exact" and (samples != 1 or options.draws is not None):
-        raise ArgumentError("kind='exact' draws no labels: leave out samples and draws")
+    if kind != "sampled" and (samples != 1 or options.draws is not None):
+        raise ArgumentError(f"kind={kind!r} draws no labels: leave out samples and draws")
+
+
+def _check_again(first: Statistics, second: Statistics) -> None:
+    if first.examples != second.examples or not (first.divisor.is_meta or bool(first.divisor == second.divisor)):
+        raise ArgumentError(
+            f"the second pass gave {second.examples} examples and M = {float(second.divisor):g}, the first "
+            f"{first.examples} and {float(first.divisor):g}: second_pass=True needs the same batches again"
+        )
 
 
 def _checked(data: Any) -> Iterable[Any]:
@@ -178,6 +232,18 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     return wanted
 
 
+def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByLayer | Joint:
+    """What collects one estimate."""
+    layouts = {name: layer.layout for name, layer in layers.items()}
+    if word == "dense":
+        return Joint(layouts)
+    structures = {name: layer.rule.structure or "kfac" if word == "mixed" else word for name, layer in layers.items()}
+    for name, structure in structures.items():
+        if structure not in COLLECTORS:
+            raise ArgumentError(f"rules: layer '{name}' has structure={structure!r}, expected one of {[*COLLECTORS]}")
+    return LayerByLayer(layouts, structures, twice=twice)
+
+
 class _Pass:
     """One pass over data: what is the same for every batch."""
 
@@ -189,16 +255,37 @@ class _Pass:
         kind: Kind,
         samples: int,
         options: Options,
+        stored: Sequence[LayerByLayer | Joint],
     ) -> None:
-        self.model, self.layers, self.likelihood = model, layers, likelihood
+        self.model, self.layers, self.likelihood, self.stored = model, layers, likelihood, stored
         self.kind, self.samples = kind, samples
         self.data = options.data or Data()
         self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
+        self.progress = options.progress
         self.injected = None if options.draws is None else iter(options.draws)
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
+        self.wanted = self._wanted()
         self.capture = Capture(
-            model, layers, due=lambda: True, owner=None, positions=self.data.pick_positions, heard=self._called
+            model,
+            layers,
+            due=lambda: True,
+            owner=None,
+            positions=self.data.pick_positions,
+            heard=self._called,
+            wanted=self.wanted,
         )
+
+    def _wanted(self) -> Wanted:
+        """What the structures ask of the capture, together."""
+        if self.kind == "forward_only":
+            return Wanted(frozenset(self.layers), frozenset(), self._take)
+        moments = frozenset[str]().union(*(one.moments for one in self.stored))
+        return Wanted(moments, frozenset[str]().union(*(one.pairs for one in self.stored)), self._take)
+
+    def _take(self, pairs: Pairs, weight: float) -> None:
+        for one in self.stored:
+            if asked := {name: pair for name, pair in pairs.items() if name in one.pairs}:
+                one.take(asked, weight)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.call = (args, kwargs, output)
@@ -214,12 +301,28 @@ class _Pass:
             self.capture.install()
             yield
 
+    def run(self, data: Batches) -> Statistics:
+        """The statistics of all batches."""
+        total: Statistics | None = None
+        with self.listening():
+            batches = _checked(data() if callable(data) else data)
+            # Closed even after an exception, which would leave a progress bar on the terminal.
+            with closing(tracked(batches, description="Fisher", show=self.progress)) as shown:
+                for number, batch in enumerate(shown):
+                    statistics = self.statistics(number, batch)
+                    total = statistics if total is None else total.merged(statistics)
+        if total is None:
+            raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
+        self._require_all_drawn()
+        return total
+
     def statistics(self, number: int, batch: Any) -> Statistics:
         """The statistics of one batch, seen to be finite."""
         with torch.enable_grad():
             output, targets = call_model(self.model, batch)
         args, kwargs, _ = self.call
         outputs = self.data.pick_outputs(args, kwargs, output)
+        labels = self.data.pick_targets(args, kwargs, output) if targets is None else targets
         if not (self.likelihood.needs_targets or isinstance(self.likelihood, Categorical)):
             # Labels that mean nothing to p, say the digits of the images that an autoencoder is given.
             targets = None
@@ -228,8 +331,7 @@ class _Pass:
         )
         if bound.needs_targets:
             raise LikelihoodError(f"{bound!r} needs data labels, and the batch has none: yield (inputs, labels)")
-        scores, invalid = self._scores(bound, outputs, batch)
-        found = gathered(self.capture, outputs, bound, scores, invalid=invalid)
+        found, invalid = self._sums(bound, outputs, batch, labels)
         self.capture.forget()
         if found is None:
             raise CaptureError(
@@ -239,7 +341,21 @@ class _Pass:
         self._check_usable(number, found, invalid)
         return found
 
-    def _scores(self, bound: Likelihood, outputs: Tensor, batch: Any) -> tuple[Iterator[tuple[Tensor, float]], Tensor]:
+    def _sums(
+        self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None
+    ) -> tuple[Statistics | None, Tensor]:
+        """The sums of one batch, and whether some label is out of range."""
+        if self.kind == "forward_only":
+            invalid = bound.invalid_targets(outputs)
+            with without_autocast(outputs.device):
+                sums = self.capture.inputs()
+                return counted(sums, outputs, bound, invalid) if sums else None, invalid
+        scores, invalid = self._scores(bound, outputs, batch, labels)
+        return gathered(self.capture, outputs, bound, scores, invalid=invalid), invalid
+
+    def _scores(
+        self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None
+    ) -> tuple[Iterator[tuple[Tensor, float]], Tensor]:
         invalid = bound.invalid_targets(outputs)
         if self.kind == "exact":
             size = leading_dimension(batch)
@@ -249,6 +365,13 @@ class _Pass:
                     f"{bound.examples(outputs)}. Give outputs (N, T, C) with kc.Data(outputs=...)."
                 )
             return exact_scores(bound, outputs), invalid
+        if self.kind == "empirical":
+            if labels is None:
+                raise LikelihoodError(
+                    "kind='empirical' needs data labels, and the batch has none: yield (inputs, labels)"
+                )
+            invalid = invalid | bound.invalid_labels(outputs, labels)
+            return sampled_scores(bound, outputs, draws=[labels]), invalid
         if self.injected is None:
             generators = self.draws.generators(step=0, count=self.samples, device=outputs.device)
             return sampled_scores(bound, outputs, generators=generators), invalid
@@ -263,7 +386,7 @@ class _Pass:
             invalid = invalid | bound.invalid_labels(outputs, labels)
         return sampled_scores(bound, outputs, draws=drawn), invalid
 
-    def require_all_drawn(self) -> None:
+    def _require_all_drawn(self) -> None:
         """Refuse injected draws of which some are left when the data are over."""
         if self.injected is not None and next(self.injected, None) is not None:
             raise ArgumentError("Options(draws=...) has more entries than the data have batches")
@@ -279,19 +402,36 @@ class _Pass:
             f"'{bad[0]}': look for NaN or infinite inputs or weights."
         )
 
-    def fisher(self, total: Statistics) -> Fisher:
-        """The sums divided."""
+    def fishers(self, total: Statistics, factors: Mapping[str, KroneckerBlock], words: Sequence[str]) -> list[Fisher]:
+        """The sums divided, in each of the structures."""
+        counts = {"examples": total.examples, "terms": total.divisor}
+        fishers = []
+        for word, one in zip(words, self.stored, strict=True):
+            known = self.kind == "forward_only"
+            blocks = one.of_kronecker(factors) if known else one.blocks(factors, total.divisor)
+            meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": word, "samples": self.samples}
+            if self.kind in ("empirical", "forward_only"):
+                meta["note"] = "not the conditional Fisher"
+            fishers.append(Fisher(blocks, meta={**meta, "counts": counts}))
+        return fishers
+
+    def factors(self, total: Statistics) -> dict[str, KroneckerBlock]:
+        """G (x) A of the layers that took part and whose moments were asked for."""
         missing = [name for name in self.layers if name not in total.layers]
         if missing:
             logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
         if not total.divisor.is_meta and not bool(total.divisor > 0):
             raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
-        blocks = {}
+        factors = {}
         for name, layer in self.layers.items():
             sums = total.layers.get(name)
-            if sums is not None:
-                A, G = sums.A / sums.A_count, sums.G / total.divisor.to(sums.G.device)
-                blocks[name] = KroneckerBlock(layer.layout, A, G, name=name)
-        counts = {"examples": total.examples, "terms": total.divisor}
-        meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": "kfac", "samples": self.samples}
-        return Fisher(blocks, meta={**meta, "counts": counts})
+            if sums is None or name not in self.wanted.moments:
+                continue
+            A = sums.A / sums.A_count
+            if self.kind == "forward_only":
+                G = torch.eye(layer.layout.d_out, dtype=A.dtype, device=A.device)
+                G = G.expand(*layer.layout.matrix_shape[:-2], *G.shape).contiguous()
+            else:
+                G = sums.G / total.divisor.to(sums.G.device)
+            factors[name] = KroneckerBlock(layer.layout, A, G, name=name)
+        return factors

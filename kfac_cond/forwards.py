@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -21,15 +22,34 @@ from .layers.survey import Layer
 from .linalg.moments import second_moment
 from .statistics import LayerSums, statistic_dtype
 
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""By layer: a [..., N, positions, d_in], the feature 1 last where there is a bias, and g [..., N, positions, d_out]."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a capture where it is not A and G of every layer.
+
+    Args:
+        moments: layers whose A and G are summed; of others only what says whether they are finite.
+        pairs: layers whose activations are kept until the scores come back.
+        take: called with the pairs of one batch and draw, and with the draw's weight.
+    """
+
+    moments: frozenset[str]
+    pairs: frozenset[str]
+    take: Callable[[Pairs, float], None]
+
 
 @dataclass
 class Use:
-    """One call of a layer's module: where its output gradient arrives, and how to read it."""
+    """One call of a layer's module: where its output gradient arrives, how to read it, and a where it is kept."""
 
     edge: GradientEdge
     shape: torch.Size
     module: nn.Module
     keep: Tensor | None
+    a: Tensor | None = None
 
 
 @dataclass
@@ -37,13 +57,14 @@ class Entry:
     """A layer in one forward: its summed inputs and its uses.
 
     ``inputs`` and ``count`` are the moment and number of positions for 'expand', the pooled activations and their
-    numbers for 'reduce'.
+    numbers for 'reduce'; a plain sum and one where no moments are wanted.
     """
 
     layer: Layer
     inputs: Tensor
     count: Tensor
     uses: list[Use]
+    moments: bool = True
 
 
 @dataclass
@@ -55,17 +76,25 @@ class Forward:
     #: Whether an explicit update may still take the place of what was heard of it.
     replaceable: bool = False
 
-    def add(self, layer: Layer, use: Use, a: Tensor) -> None:
+    def add(self, layer: Layer, use: Use, a: Tensor, wanted: Wanted | None = None) -> None:
         """Add one call of a layer on activations [..., batch, positions, d_in]."""
         if layer.layout.weight is None:
             a = a[..., :0]
-        if layer.sharing == "expand":
+        if wanted is not None and layer.name in wanted.pairs:
+            # With its last feature here, so that all draws share one tensor.
+            ones = [a.new_ones(*a.shape[:-1], 1)] if layer.layout.bias is not None else []
+            use.a = masked(torch.cat([a, *ones], dim=-1), use.keep)
+        moments = wanted is None or layer.name in wanted.moments
+        if not moments:
+            inputs = masked(a, use.keep).sum()
+            count = torch.ones_like(inputs)
+        elif layer.sharing == "expand":
             inputs, count = expanded_input_moment(a, use.keep, bias=layer.layout.bias is not None)
         else:
             inputs, count = pooled_inputs(a, use.keep)
         entry = self.entries.get(layer.name)
         if entry is None:
-            self.entries[layer.name] = Entry(layer, inputs, count, [use])
+            self.entries[layer.name] = Entry(layer, inputs, count, [use], moments)
             return
         _same_examples(layer, entry.inputs, inputs)
         entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
@@ -73,14 +102,24 @@ class Forward:
 
 
 def add_gradients(
-    sums: dict[str, LayerSums], reached: Iterable[tuple[Entry, Use, Tensor]], weight: float, examples: int
+    sums: dict[str, LayerSums],
+    reached: Iterable[tuple[Entry, Use, Tensor]],
+    weight: float,
+    examples: int,
+    wanted: Wanted | None = None,
 ) -> None:
-    """Add one draw's g g^T to the sums of the layers reached."""
+    """Add one draw's g g^T to the sums of the layers reached, and hand on the pairs that are wanted."""
     pooled: dict[str, tuple[Layer, Tensor]] = {}
+    uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for entry, use, gradient in reached:
         layer = entry.layer
         g = gradient.to(statistic_dtype(gradient.dtype)).reshape(use.shape)
         g = masked(layer.kind.output_gradients(use.module, g), use.keep)
+        if use.a is not None:
+            uses.setdefault(layer.name, []).append(_pair(layer, use.a, g, examples))
+        if not entry.moments:
+            _accumulate(sums, layer, g.sum(), weight)
+            continue
         if layer.sharing == "expand":
             _accumulate(sums, layer, expanded_gradient_moment(g), weight)
             continue
@@ -94,6 +133,33 @@ def add_gradients(
         pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
     for layer, total in pooled.values():
         _accumulate(sums, layer, second_moment(total), weight)
+    if wanted is not None and uses:
+        wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, weight)
+
+
+def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """(a, g) with dimension -3 counting examples: a weight gradient is squared only when all of an example is in it."""
+    if examples == 1:
+        return _one_example(a), _one_example(g)
+    if g.shape[-3] != examples:
+        raise CaptureError(
+            f"layer '{layer.name}' has {g.shape[-3]} entries along its first dimension, the outputs have {examples} "
+            f"examples along theirs: keep examples along dimension 0 of both, or use structure='kfac' for it, which "
+            f"takes no gradient of one example."
+        )
+    return a, g
+
+
+def _one_example(x: Tensor) -> Tensor:
+    return rearrange(x, "... n s d -> ... 1 (n s) d")
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The uses of a layer as positions of one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    a, g = zip(*pairs, strict=True)
+    return torch.cat(a, dim=-2), torch.cat(g, dim=-2)
 
 
 def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, weight: float) -> None:
@@ -115,7 +181,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
             _same_examples(entry.layer, inputs, entry.inputs)
             inputs, count = inputs + entry.inputs, count + entry.count
         layer = entries[0].layer
-        if layer.sharing == "reduce":
+        if layer.sharing == "reduce" and entries[0].moments:
             inputs, count = reduced_input_moment(inputs, count, bias=layer.layout.bias is not None)
         mine.A, mine.A_count = inputs, count
 

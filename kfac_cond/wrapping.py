@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .checks import check_module
-from .errors import AttachError, CoverageError, ModelChangedError
+from .errors import ArgumentError, AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
 from .layers.survey import Layer, Survey, survey
@@ -64,6 +64,12 @@ def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey
     if not found.layers:
         reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
         raise CoverageError(f"{type(model).__name__} has no layer that KFAC covers ({reasons})")
+    for name, layer in found.layers.items():
+        if layer.rule.structure not in (None, "kfac"):
+            raise ArgumentError(
+                f"rules: layer '{name}' has structure={layer.rule.structure!r}, expected 'kfac' for training: "
+                f"others are for kc.estimate(structure='mixed')"
+            )
     for name, module in named_modules(model):
         if isinstance(module, nn.DataParallel):
             raise CoverageError(

@@ -191,8 +191,12 @@ def test_exact_refuses_flattened_outputs_whose_positions_may_mix():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"structure": "ekfac"}, "structure='ekfac'"),
-        ({"kind": "empirical"}, "kind='empirical'"),
+        ({"structure": "kfca"}, "structure='kfca'"),
+        ({"structure": ["kfac", "kfca"]}, "structure='kfca'"),
+        ({"structure": []}, "empty list"),
+        ({"kind": "emprical"}, "kind='emprical'"),
+        ({"kind": "empirical", "samples": 2}, "draws no labels"),
+        ({"kind": "forward_only", "samples": 2}, "draws no labels"),
         ({"samples": 0}, "samples=0"),
         ({"samples": 1.5}, r"samples=1\.5"),
         ({"samples": True}, "samples=True"),
@@ -201,7 +205,7 @@ def test_exact_refuses_flattened_outputs_whose_positions_may_mix():
         ({"options": kc.Options(draws=[])}, "fewer entries"),
         ({"options": kc.Options(draws=[[torch.zeros(2, dtype=torch.long)]] * 2)}, "more entries"),
         ({"options": kc.Options(rules={"0": {"damping": 0.1}})}, r"rules\['0'\]: damping=0\.1 means nothing here"),
-        ({"options": kc.Options(rules={"0": {"structure": "ekfac"}})}, "structure='ekfac'"),
+        ({"options": kc.Options(rules={"0": {"structure": "ekfac"}})}, "pass structure='mixed' for it to hold"),
         ({"options": kc.Options(draws=[5])}, "has 5 for a batch: expected a list of label tensors"),
         ({"options": kc.Options(draws=[[5]])}, r"has list of \['int'\] for a batch"),
         ({"options": kc.Options(draws=[[]])}, r"has list of \[\] for a batch"),

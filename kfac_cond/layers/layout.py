@@ -104,3 +104,50 @@ class WeightLayout:
         if self.bias is not None:
             tensors[self.bias] = matrix[..., -1].reshape(self._rows)
         return tensors
+
+
+@dataclass(frozen=True)
+class JointLayout(WeightLayout):
+    """The parameters of several layers as one vector: each layer's matrix row by row, one after another.
+
+    Its "matrix" is that vector, so that whatever acts on a layer's matrix acts on all layers together.
+
+    Args:
+        parts: the layouts of the layers, in order.
+    """
+
+    weight: None = None
+    bias: None = None
+    weight_shape: tuple[int, ...] = ()
+    parts: tuple[WeightLayout, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the trainable parameters of all layers."""
+        return tuple(name for part in self.parts for name in part.names)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each of them."""
+        return {name: shape for part in self.parts for name, shape in part.shapes.items()}
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(P,), P the number of parameters."""
+        return (sum(part.numel for part in self.parts),)
+
+    def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensors of ``names`` as one vector."""
+        return torch.cat([part.to_matrix(tensors).flatten() for part in self.parts])
+
+    def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``to_matrix``: a tensor for each of ``names``."""
+        if tuple(matrix.shape) != self.matrix_shape:
+            raise ArgumentError(
+                f"{len(self.parts)} layers: got a vector of shape {tuple(matrix.shape)}, expected {self.matrix_shape}"
+            )
+        pieces = torch.split(matrix, [part.numel for part in self.parts], dim=-1)
+        tensors: dict[str, Tensor] = {}
+        for part, piece in zip(self.parts, pieces, strict=True):
+            tensors.update(part.from_matrix(piece.reshape(part.matrix_shape)))
+        return tensors

@@ -25,7 +25,7 @@ class LayerRule:
     """What may be said of the layers that a pattern names; None leaves the default.
 
     Args:
-        structure: storage of the block; 'kfac', a Kronecker pair, is what there is.
+        structure: name of the block's storage; training takes 'kfac', ``estimate`` others as well.
         sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
         damping: this layer's damping in place of the preconditioner's.
         exclude: leave the layer's gradient as it is.
@@ -195,7 +195,7 @@ def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
     fits: dict[str, tuple[Callable[[Any], bool], str]] = {
         "sharing": (lambda value: value in (None, "expand", "reduce"), "'expand' or 'reduce'"),
         "damping": (lambda value: value is None or is_damping(value), "a finite number >= 0"),
-        "structure": (lambda value: value in (None, "kfac"), "'kfac'"),
+        "structure": (lambda value: value is None or isinstance(value, str), "the name of a structure"),
         "exclude": (lambda value: isinstance(value, bool), "True or False"),
     }
     for key, value in rule.items():

@@ -1,6 +1,9 @@
 """What a block of the Fisher can be stored as, all with one algebra, and the Fisher that is made of them."""
 
 from .base import Block
+from .collect import COLLECTORS, Joint, LayerByLayer
+from .dense import DenseBlock
+from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .fisher import Fisher
 from .flat import FlatLayout
@@ -13,7 +16,10 @@ from .storage import Stored, register_stored
 from .sums import SumBlock
 
 __all__ = [
+    "COLLECTORS",
     "Block",
+    "DenseBlock",
+    "DiagonalBlock",
     "EigenBlock",
     "Fisher",
     "FlatLayout",
@@ -21,7 +27,9 @@ __all__ = [
     "ImplicitBlock",
     "Iteration",
     "IterativeBlock",
+    "Joint",
     "KroneckerBlock",
+    "LayerByLayer",
     "LowRankBlock",
     "Stored",
     "SumBlock",

@@ -134,7 +134,7 @@ class Block(ABC):
 
     @abstractmethod
     def _dense(self) -> Tensor:
-        """F as [d_out d_in, d_out d_in], one for each group where there are groups."""
+        """F as [P, P], or the blocks along its diagonal as [groups, P / groups, P / groups]."""
 
     def quadratic(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """v^T F v, a scalar; twice the KL divergence of a step v, to second order."""
@@ -154,7 +154,7 @@ class Block(ABC):
         """F as a (P x P) tensor, row-major vec; raises ArgumentError above ``MAX_DENSE`` parameters."""
         require_dense(self.layout.numel, self.label)
         dense = self._dense()
-        return dense if self.layout.groups == 1 else block_diagonal(list(dense))
+        return dense if dense.dim() == 2 else block_diagonal(list(dense))
 
     def __mul__(self, factor: float) -> Block:
         """factor F, for a number that is finite and not negative."""
@@ -239,6 +239,21 @@ def checked_rule(rule: str) -> str:
     if rule not in ("exact", "factored"):
         raise ArgumentError(f"rule is {rule!r}, expected 'exact' or 'factored'")
     return rule
+
+
+def require_unfactored(block: Block, rule: str) -> None:
+    """Refuse to damp the factors of a block that has none."""
+    if checked_rule(rule) == "factored":
+        raise ArgumentError(
+            f"{block.label}: rule='factored' damps the factors A and G, and {type(block).__name__} has none: "
+            "use rule='exact'"
+        )
+
+
+def require_eigenpairs(block: Block, k: int) -> None:
+    """Refuse a number of eigenpairs that the block does not have."""
+    if not 1 <= k <= block.layout.numel:
+        raise ArgumentError(f"{block.label}: asked for {k} eigenpairs, expected 1 to {block.layout.numel}")
 
 
 def require_dense(size: int, label: str) -> None:

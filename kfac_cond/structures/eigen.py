@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
 from ..linalg.kronecker import kron, kronecker_matmul
-from .base import Block, Rule, checked_damping, checked_rule, require_regular
+from .base import Block, Rule, checked_damping, require_eigenpairs, require_regular, require_unfactored
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,12 +50,12 @@ class EigenBlock(Block):
     def device(self) -> torch.device:
         return self.values.device
 
+    def with_values(self, values: Tensor) -> EigenBlock:
+        """The same basis with other eigenvalues, of ``layout.matrix_shape``."""
+        return replace(self, values=values)
+
     def inverse(self, *, damping: float = 0.0, rule: Rule = "exact") -> EigenBlock:
-        if checked_rule(rule) == "factored":
-            raise ArgumentError(
-                f"{self.label}: rule='factored' damps the factors A and G, and {type(self).__name__} has none: "
-                "use rule='exact'"
-            )
+        require_unfactored(self, rule)
         return replace(self, values=self._damped(damping).reciprocal())
 
     def sqrt(self) -> EigenBlock:
@@ -81,8 +81,7 @@ class EigenBlock(Block):
         return torch.sort(self.values.flatten(), descending=True)[0]
 
     def top_eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
-        if not 1 <= k <= self.layout.numel:
-            raise ArgumentError(f"{self.label}: asked for {k} eigenpairs, expected 1 to {self.layout.numel}")
+        require_eigenpairs(self, k)
         values, flat = self.values.flatten().topk(k)
         # One group always: the code for groups then serves both.
         *_, d_out, d_in = self.layout.matrix_shape

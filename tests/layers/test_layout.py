@@ -7,6 +7,7 @@ import torch
 
 import kfac_cond as kc
 from kfac_cond.layers import WeightLayout
+from kfac_cond.layers.layout import JointLayout
 
 from ..reference import assert_same
 
@@ -18,6 +19,12 @@ LAYOUTS = {
     "groups": (WeightLayout("w", "b", (6, 2, 3), groups=2), (2, 3, 7)),
     "groups, bias alone": (WeightLayout(None, "b", (6, 2, 3), groups=2), (2, 3, 1)),
     "transposed": (WeightLayout("w", "b", (3, 4), transposed=True), (4, 4)),
+    "joint": (
+        JointLayout(
+            parts=(WeightLayout("w", "b", (6, 2, 3), groups=2), WeightLayout("v", None, (3, 4), transposed=True))
+        ),
+        (54,),
+    ),
 }
 
 

@@ -93,7 +93,7 @@ def test_a_rule_on_either_name_excludes_a_tied_layer(pattern):
         ({"0": {"damping": -1.0}}, r"damping=-1\.0"),
         ({"0": {"damping": float("inf")}}, "damping=inf"),
         ({"0": {"damping": True}}, "damping=True"),
-        ({"0": {"structure": "ekfac"}}, "structure='ekfac', expected 'kfac'"),
+        ({"0": {"structure": 5}}, "structure=5, expected the name of a structure"),
         ({"0": {"exclude": "no"}}, "exclude='no', expected True or False"),
         ({"0": {"exclude": None}}, "exclude=None, expected True or False"),
         ({"0": 5}, r"rules\['0'\] is 5: expected dict\("),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_cond.layers.layout import WeightLayout
-from kfac_cond.structures import Block, EigenBlock, Fisher, KroneckerBlock
+from kfac_cond.layers.layout import JointLayout, WeightLayout
+from kfac_cond.structures import Block, DenseBlock, DiagonalBlock, EigenBlock, Fisher, KroneckerBlock
 
 LAYOUTS = {
     "linear": WeightLayout("fc.weight", "fc.bias", (3, 4)),
@@ -48,6 +48,19 @@ def kronecker(spd: SPD) -> Callable[[WeightLayout, str], KroneckerBlock]:
 
 
 @pytest.fixture
+def partner(kronecker, spd: SPD) -> Callable[[WeightLayout], Block]:
+    """A maker of another block over any layout: Kronecker where there is one layer, dense over several."""
+
+    def make(layout: WeightLayout) -> Block:
+        if isinstance(layout, JointLayout):
+            return DenseBlock(layout, spd(layout.numel, layout.numel), name="fc")
+        made: Block = kronecker(layout)
+        return made
+
+    return make
+
+
+@pytest.fixture
 def layouts() -> dict[str, WeightLayout]:
     return LAYOUTS
 
@@ -57,13 +70,19 @@ def layout(request: pytest.FixtureRequest) -> WeightLayout:
     return LAYOUTS[request.param]
 
 
-@pytest.fixture(params=["kronecker", "eigen"])
+@pytest.fixture(params=["kronecker", "eigen", "diagonal", "dense", "joint"])
 def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: SPD) -> Block:
     """A block of each structure over each layout; the eigenvalues of the eigen block are of no Kronecker form."""
+    if request.param in ("dense", "joint"):
+        joint = JointLayout(parts=(layout, WeightLayout("other.weight", None, (2, 1))))
+        whole = joint if request.param == "joint" else layout
+        return DenseBlock(whole, spd(whole.numel, whole.numel), name="fc")
     made: KroneckerBlock = kronecker(layout)
     if request.param == "kronecker":
         return made
     values = torch.rand(layout.matrix_shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
+    if request.param == "diagonal":
+        return DiagonalBlock(layout, values, name="fc")
     return EigenBlock(layout, torch.linalg.eigh(made.A)[1], torch.linalg.eigh(made.G)[1], values, name="fc")
 
 
@@ -77,6 +96,10 @@ def dense(block: Block) -> Tensor:
 
     if isinstance(block, KroneckerBlock):
         return torch.block_diag(*[torch.kron(g, a) for g, a in zip(groups(block.G), groups(block.A), strict=True)])
+    if isinstance(block, DiagonalBlock):
+        return torch.diag(block.values.flatten())
+    if isinstance(block, DenseBlock):
+        return block.matrix
     assert isinstance(block, EigenBlock)
     sides = zip(groups(block.basis_G), groups(block.basis_A), groups(block.values), strict=True)
     bases = [(torch.kron(g, a), values.flatten()) for g, a, values in sides]

@@ -16,9 +16,9 @@ DAMPING = 0.3
 
 
 @pytest.fixture
-def pair(block: Block, kronecker) -> tuple[SumBlock, Tensor]:
+def pair(block: Block, partner) -> tuple[SumBlock, Tensor]:
     """(a sum of three, its dense matrix)."""
-    other, third = kronecker(block.layout), kronecker(block.layout)
+    other, third = partner(block.layout), partner(block.layout)
     found = (block + other * 2.0) + third
     assert isinstance(found, SumBlock)
     assert len(found.terms) == 3

@@ -1,0 +1,73 @@
+"""Sums over examples of functions of V_n = sum_s g_ns a_ns^T, from the pairs (a, g) themselves.
+
+Everywhere a is [..., n, s, i] and g is [..., n, s, o]: n examples, s positions, groups in front where there are any. A
+position that does not count has g = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from .moments import symmetrise
+
+MAX_ELEMENTS = 2**24
+"""Elements of the per-example weight gradients that are held at a time, where they have to be formed."""
+
+
+def example_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """V_n of every example, [..., n, o, i]."""
+    return einsum(g, a, "... n s o, ... n s i -> ... n o i")
+
+
+def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """The sum over n of V_n squared entry by entry, [..., o, i]; with one position no V_n is formed."""
+    if a.shape[-2] == 1:
+        return g.squeeze(-2).square().mT @ a.squeeze(-2).square()
+    sums = g.new_zeros((*g.shape[:-3], g.shape[-1], a.shape[-1]))
+    for some_a, some_g in _chunks(a, g):
+        sums += example_gradients(some_a, some_g).square().sum(dim=-3)
+    return sums
+
+
+def input_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sum over n of V_n^T G V_n, [..., i, i], in the cheaper of two orders.
+
+    Through the kernel g G g^T between positions, [n, s, s], or through V_n. The moment on the other side, the sum of
+    V_n A V_n^T, is ``input_moment(g, a, A)``.
+
+    Args:
+        weight: G, [..., o, o]; None for the identity.
+    """
+    positions, d_out, d_in = a.shape[-2], g.shape[-1], a.shape[-1]
+    if positions * (positions * (d_out + d_in) + d_in**2) <= positions * d_out * d_in + d_out * d_in**2:
+        weighted = g if weight is None else einsum(g, weight, "... n s o, ... o p -> ... n s p")
+        kernel = weighted @ g.mT
+        moment = _rows(a).mT @ _rows(kernel @ a)
+    else:
+        moment = a.new_zeros((*a.shape[:-3], d_in, d_in))
+        for some_a, some_g in _chunks(a, g):
+            v = example_gradients(some_a, some_g)
+            weighted = v if weight is None else einsum(weight, v, "... o p, ... n p i -> ... n o i")
+            moment += _rows(v).mT @ _rows(weighted)
+    return symmetrise(moment)
+
+
+def example_rows(a: Tensor, g: Tensor) -> Tensor:
+    """vec(V_n) of every example in the row-major order of the layer's matrix, groups first: [n, P]."""
+    v = example_gradients(a, g)
+    return rearrange(v, "n o i -> n (o i)" if v.dim() == 3 else "groups n o i -> n (groups o i)")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return rearrange(x, "... n s d -> ... (n s) d")
+
+
+def _chunks(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs in pieces of which the per-example gradients take ``MAX_ELEMENTS`` at most (one example at least)."""
+    each = g.shape[:-3].numel() * g.shape[-1] * a.shape[-1]
+    size = max(1, MAX_ELEMENTS // max(each, 1))
+    return zip(torch.split(a, size, dim=-3), torch.split(g, size, dim=-3), strict=True)

@@ -1,0 +1,127 @@
+"""Models of few parameters with data, labels and draws, and the matrices that brute force gives for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+import kfac_cond as kc
+
+from .helpers import Apply
+from .reference import (
+    bernoulli_log_prob,
+    categorical_log_prob,
+    exact_fisher,
+    fisher_of_draws,
+    gaussian_log_prob,
+)
+
+
+class Tokens(nn.Module):
+    """Attention written out over (N, S, d), one layer used twice and one without bias: positions mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.head = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.query(x) @ torch.tanh(self.query(x.flip(1))).mT).softmax(-1)
+        return self.head(x + weights @ self.value(x))
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def pixels() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 2, (2, 1), groups=2), nn.Tanh(), nn.Conv2d(2, 3, 2, padding=1), Apply(lambda x: x.mean((2, 3)))
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "perceptron": (perceptron, (5, 3)),
+    "tokens": (Tokens, (4, 3, 2)),
+    "pixels": (pixels, (4, 4, 3, 2)),
+}
+
+
+def information(name: str, f: Tensor) -> Tensor:
+    """The output Fisher of one example, its terms along all but the last dimension."""
+    if name == "categorical":
+        p = f.softmax(-1)
+        blocks = torch.diag_embed(p) - p[..., None] * p[..., None, :]
+    else:
+        of_one = f.sigmoid() * (1 - f.sigmoid()) if name == "bernoulli" else torch.full_like(f, 1 / 0.7)
+        blocks = torch.diag_embed(of_one)
+    return torch.block_diag(*blocks.reshape(-1, f.shape[-1], f.shape[-1]))
+
+
+LIKELIHOODS = {
+    "categorical": (kc.Categorical(dim=-1), categorical_log_prob),
+    "bernoulli": (kc.Bernoulli(event_dims=(-1,)), bernoulli_log_prob),
+    "gaussian": (kc.Gaussian(0.7, event_dims=(-1,)), lambda f, y: gaussian_log_prob(f, y, 0.7)),
+}
+
+
+class Case:
+    """A model with data and labels, and the matrices that brute force gives for it."""
+
+    def __init__(self, model: str, likelihood: str) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            make, shape = MODELS[model]
+            self.model, self.inputs = make().double(), torch.randn(shape, dtype=torch.float64)
+            self.name, (self.likelihood, self.log_prob) = likelihood, LIKELIHOODS[likelihood]
+            outputs = self.model(self.inputs).detach()
+            self.labels, *self.draws = (self.drawn(outputs) for _ in range(3))
+        self.divisor = outputs[..., 0].numel()
+        self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+    def drawn(self, outputs: Tensor) -> Tensor:
+        if self.name == "categorical":
+            return torch.randint(outputs.shape[-1], outputs.shape[:-1])
+        return torch.randint(2, outputs.shape).double() if self.name == "bernoulli" else torch.randn_like(outputs)
+
+    def estimate(self, structure: str | list[str], kind: str, **options: object) -> kc.Fisher | list[kc.Fisher]:
+        # Two batches, of unequal size.
+        data = [(self.inputs[:3], self.labels[:3]), (self.inputs[3:], self.labels[3:])]
+        if kind == "sampled":
+            options["draws"] = [[draw[:3] for draw in self.draws], [draw[3:] for draw in self.draws]]
+        return kc.estimate(
+            self.model, data, self.likelihood, structure=structure, kind=kind, options=kc.Options(**options)
+        )
+
+    @lru_cache  # noqa: B019
+    def dense(self, kind: str) -> Tensor:
+        """F over all parameters, in the order of a flat vector."""
+        parameters = [p for module in self.layers.values() for p in module.parameters()]
+        settings = {"parameters": parameters, "divisor": self.divisor}
+        if kind == "exact":
+            return exact_fisher(self.model, self.inputs, lambda f: information(self.name, f), **settings).detach()
+        labels = self.draws if kind == "sampled" else [self.labels]
+        return fisher_of_draws(self.model, self.inputs, labels, self.log_prob, **settings)
+
+    def block(self, kind: str, block: kc.Block) -> Tensor:
+        """F of one layer in the order of its matrix; for 'forward_only' I (x) A."""
+        if kind == "forward_only":
+            eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "sampled")[block.name].A
+            return torch.block_diag(*[torch.kron(eye, one) for one in A.reshape(-1, *A.shape[-2:])])
+        order = self.order(block)
+        return self.dense(kind)[order][:, order]
+
+    def order(self, block: kc.Block) -> Tensor:
+        """Where the entries of the layer's matrix are in a flat vector of all parameters."""
+        start, places = 0, {}
+        for name, parameter in self.model.named_parameters():
+            places[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
+            start += parameter.numel()
+        return block.layout.to_matrix({name: places[name] for name in block.layout.names}).flatten()
+
+
+@lru_cache
+def case(model: str, likelihood: str) -> Case:
+    return Case(model, likelihood)

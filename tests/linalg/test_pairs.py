@@ -1,0 +1,75 @@
+"""Sums over examples made of pairs, against the per-example weight gradients they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfac_cond.linalg import pairs
+
+from ..reference import assert_same
+
+GROUPS = [(), (3,)]
+#: Few and many positions, and sides of which either is the larger: both orders of a moment are taken.
+SHAPES = [(1, 4, 3), (2, 9, 8), (5, 2, 6), (7, 6, 2), (40, 3, 2)]
+
+
+@pytest.fixture(params=GROUPS, ids=["", "groups"])
+def groups(request) -> tuple[int, ...]:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def pair(request, groups) -> tuple[Tensor, Tensor]:
+    positions, d_out, d_in = request.param
+    return torch.randn(*groups, 6, positions, d_in), torch.randn(*groups, 6, positions, d_out)
+
+
+def gradients(a: Tensor, g: Tensor) -> Tensor:
+    """V_n by the definition: a sum of outer products over positions."""
+    return (g[..., :, None] * a[..., None, :]).sum(-3)
+
+
+def test_example_gradients(pair):
+    assert_same(pairs.example_gradients(*pair), gradients(*pair))
+
+
+@pytest.mark.parametrize("most", [1, 30, 2**24])
+def test_squared_gradients(pair, most, monkeypatch):
+    monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
+    assert_same(pairs.squared_gradients(*pair), gradients(*pair).square().sum(-3))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("most", [1, 30, 2**24])
+def test_input_moment(pair, most, weighted, monkeypatch):
+    monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
+    a, g = pair
+    V = gradients(a, g)
+    weight = torch.randn(*g.shape[:-3], g.shape[-1], g.shape[-1]) if weighted else None
+    weight = None if weight is None else weight @ weight.mT
+    middle = torch.eye(g.shape[-1]) if weight is None else weight
+    expected = (V.mT @ (middle.unsqueeze(-3) @ V)).sum(-3)
+    assert_same(pairs.input_moment(a, g, weight), expected)
+
+
+def test_example_rows_are_in_the_order_of_the_matrix(pair):
+    a, g = pair
+    V = gradients(a, g)
+    expected = torch.stack([V.select(-3, n).flatten() for n in range(6)])
+    assert_same(pairs.example_rows(a, g), expected)
+
+
+@pytest.mark.parametrize(("positions", "formed"), [(1, False), (2, False), (30, True)])
+def test_a_moment_forms_weight_gradients_only_where_that_is_cheaper(positions, formed, monkeypatch):
+    calls = []
+    plain = pairs.example_gradients
+    monkeypatch.setattr(pairs, "example_gradients", lambda *pair: calls.append(1) or plain(*pair))
+    pairs.input_moment(torch.randn(4, positions, 8), torch.randn(4, positions, 8))
+    assert bool(calls) == formed
+
+
+def test_one_position_forms_no_weight_gradient(monkeypatch):
+    monkeypatch.setattr(pairs, "example_gradients", lambda *_: pytest.fail("a weight gradient was formed"))
+    pairs.squared_gradients(torch.randn(4, 1, 8), torch.randn(4, 1, 8))
