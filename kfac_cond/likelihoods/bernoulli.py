@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import LikelihoodError
+from .base import uniforms
 from .elementwise import Elementwise
 
 
@@ -103,8 +104,8 @@ class Bernoulli(Elementwise):
             value = self._moved[key]
         return value.to(torch.promote_types(outputs.dtype, torch.float32))
 
-    def _draw(self, f: Tensor, u: Tensor) -> Tensor:
-        return (u < f.sigmoid()).to(f.dtype)
+    def _draw(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (uniforms(tuple(f.shape), f, generator) < f.sigmoid()).to(f.dtype)
 
     def _score(self, f: Tensor, y: Tensor) -> Tensor:
         return f.sigmoid() - y

@@ -12,31 +12,30 @@ from ..errors import LikelihoodError
 from .base import Likelihood
 from .bernoulli import Bernoulli
 from .categorical import TORCH_IGNORE_INDEX, Categorical
+from .continuous import Laplace
+from .counts import Poisson
 from .gaussian import Gaussian
 
-_NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+_NAMES: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "laplace": Laplace,
+    "poisson": Poisson,
+}
 _CLASSES = "kc.Categorical(), kc.Bernoulli() or kc.Gaussian(variance)"
 _OWN = "a class of your own derived from kc.Likelihood, with its sample and score"
 _LOGITS = "kc.Bernoulli(event_dims=()) with the logits, before the sigmoid, in kfac.update(logits)"
 
 #: Criteria without a likelihood here: (why, what to pass instead).
 _REFUSED: dict[str, tuple[str, str]] = {
-    "L1Loss": ("it is a Laplace density, for which there is no likelihood here", _OWN),
     "SmoothL1Loss": ("it is quadratic near 0 and linear beyond, -log p of no named distribution", _OWN),
     "HuberLoss": ("it is quadratic near 0 and linear beyond, -log p of no named distribution", _OWN),
-    "NLLLoss": (
-        "it is given log-probabilities, and the library would not see that they are normalised",
-        "kc.Categorical(dim=1): log-probabilities serve as logits, softmax leaves them as they are",
-    ),
     "BCELoss": ("it is given probabilities, not logits", f"nn.BCEWithLogitsLoss without the sigmoid, or {_LOGITS}"),
-    "KLDivLoss": (
-        "its reduction 'mean' divides by elements and 'batchmean' by examples, and its input is log-probabilities",
-        "kc.Categorical(dim=...), which reads log-probabilities as logits, with divisor=M for what the loss divides by",
-    ),
-    "PoissonNLLLoss": ("there is no Poisson likelihood here", _OWN),
     "GaussianNLLLoss": (
-        "its variance is predicted, in a second tensor",
-        f"kc.Gaussian(variance) where it is fixed, or {_OWN}",
+        "its variance is a second tensor, and the Fisher of mean and variance needs both as outputs of the model",
+        "kc.HeteroscedasticGaussian() for one tensor of means and log-variances, or kc.Gaussian(variance) where it is "
+        "fixed",
     ),
     "CTCLoss": ("it sums over alignments, and its labels cannot be drawn position by position", _OWN),
     "MultiLabelSoftMarginLoss": (
@@ -74,6 +73,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.nll_loss: "kc.Categorical()",
     F.binary_cross_entropy_with_logits: "kc.Bernoulli(event_dims=())",
     F.mse_loss: "kc.Gaussian(0.5, event_dims=())",
+    F.l1_loss: "kc.Laplace(event_dims=())",
+    F.poisson_nll_loss: "kc.Poisson(event_dims=())",
 }
 
 
@@ -81,7 +82,7 @@ def as_likelihood(obj: object, *, heard: bool = False) -> Likelihood:
     """The likelihood that a user's argument means.
 
     Args:
-        obj: a likelihood, one of the names 'categorical', 'bernoulli' and 'gaussian', or a criterion module.
+        obj: a likelihood, a name ('categorical', 'bernoulli', 'gaussian', 'laplace', 'poisson'), or a criterion module.
         heard: the outputs come as the criterion is called with them, not from the model's own forward.
 
     Raises:
@@ -117,7 +118,7 @@ def from_criterion(module: nn.Module, *, heard: bool) -> Likelihood:
     """The likelihood of a criterion module, with its weights, ignored label, smoothing and reduction.
 
     Args:
-        module: nn.CrossEntropyLoss, nn.BCEWithLogitsLoss or nn.MSELoss.
+        module: nn.CrossEntropyLoss, NLLLoss, KLDivLoss, BCEWithLogitsLoss, MSELoss, L1Loss or PoissonNLLLoss.
         heard: outputs come as the criterion is called with them (classes at dim 1); else from the model's own forward,
             where more than two dimensions are ambiguous.
 
@@ -147,10 +148,10 @@ def _refusal(module: nn.Module) -> LikelihoodError:
         if ancestor.__name__ in _REFUSED and ancestor.__module__.startswith("torch.nn."):
             reason, instead = _REFUSED[ancestor.__name__]
             return LikelihoodError(f"nn.{ancestor.__name__} has no likelihood here: {reason}. Pass {instead}.")
+    known = ", ".join(f"nn.{criterion.__name__}" for criterion in _CRITERIA)
     return LikelihoodError(
-        f"{type(module).__name__} is no criterion with a known likelihood (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, "
-        f"nn.MSELoss): pass the likelihood of what it models, {_CLASSES}, and call kfac.update(outputs) with the "
-        f"tensor that parametrises p."
+        f"{type(module).__name__} is no criterion with a known likelihood ({known}): pass the likelihood of what it "
+        f"models, {_CLASSES}, and call kfac.update(outputs) with the tensor that parametrises p."
     )
 
 
@@ -174,12 +175,56 @@ def _mse(module: Any, heard: bool) -> Likelihood:
     return Gaussian(0.5, event_dims=(), reduction=module.reduction)
 
 
+def _nll(module: Any, heard: bool) -> Likelihood:
+    # Softmax leaves normalised log-probabilities as they are, and their Fisher goes back through log_softmax unchanged.
+    ignore_index = None if module.ignore_index == TORCH_IGNORE_INDEX else module.ignore_index
+    return Categorical(
+        dim=1 if heard else None, weight=module.weight, ignore_index=ignore_index, reduction=module.reduction
+    )
+
+
+class _Divergence(Categorical):
+    """Log-probabilities (N, C) whose loss divides by elements ('mean') or examples ('batchmean')."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__(dim=None, reduction="sum" if reduction == "sum" else "mean")
+        self.by_elements = reduction == "mean"
+
+    def _mean_divisor(self, outputs: Tensor) -> Tensor:
+        terms = super()._mean_divisor(outputs)
+        return terms * outputs.shape[-1] if self.by_elements else terms
+
+
+def _kl_div(module: Any, heard: bool) -> Likelihood:
+    return _Divergence(module.reduction)
+
+
+def _l1(module: Any, heard: bool) -> Likelihood:
+    return Laplace(event_dims=(), reduction=module.reduction)
+
+
+def _poisson_nll(module: Any, heard: bool) -> Likelihood:
+    if not module.log_input:
+        raise LikelihoodError(
+            "nn.PoissonNLLLoss(log_input=False) is given rates: pass nn.PoissonNLLLoss(log_input=True) and log rates, "
+            "or kc.FromDistribution(lambda rates: torch.distributions.Poisson(rates), event_dims=())."
+        )
+    return Poisson(event_dims=(), reduction=module.reduction)
+
+
 #: (how it is made, how a user would write it).
 _CRITERIA: dict[type[Any], tuple[Callable[[Any, bool], Likelihood], str]] = {
     nn.CrossEntropyLoss: (_cross_entropy, "kc.Categorical(dim=1, divisor=M)"),
     nn.BCEWithLogitsLoss: (_bce_with_logits, "kc.Bernoulli(event_dims=(), divisor=M)"),
     nn.MSELoss: (_mse, "kc.Gaussian(0.5, event_dims=(), divisor=M)"),
+    nn.NLLLoss: (_nll, "kc.Categorical(dim=1, divisor=M)"),
+    nn.KLDivLoss: (_kl_div, "kc.Categorical(divisor=M)"),
+    nn.L1Loss: (_l1, "kc.Laplace(event_dims=(), divisor=M)"),
+    nn.PoissonNLLLoss: (_poisson_nll, "kc.Poisson(event_dims=(), divisor=M)"),
 }
+_SYMMETRIC = (nn.MSELoss, nn.L1Loss)
+#: Whose targets are classes, not shaped as the outputs.
+_CLASSES_AS_TARGETS = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 def heard_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -190,7 +235,7 @@ def heard_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         args, kwargs: of its call, ``(input, target)``.
 
     Raises:
-        LikelihoodError: one of them missing or no tensor, or targets of MSELoss or BCEWithLogitsLoss that would be
+        LikelihoodError: one of them missing or no tensor, or targets of an elementwise criterion that would be
             broadcast.
     """
     name = type(module).__name__
@@ -200,10 +245,12 @@ def heard_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             found = type(given[role]).__name__ if role in given else "nothing"
             raise LikelihoodError(f"{name} was called with {found} for its {role}: expected tensors (input, target).")
     outputs, targets = given["input"], given["target"]
-    if isinstance(module, nn.MSELoss) and targets.requires_grad and not outputs.requires_grad:
+    if isinstance(module, nn.KLDivLoss) and module.log_target:
+        targets = targets.exp()
+    if isinstance(module, _SYMMETRIC) and targets.requires_grad and not outputs.requires_grad:
         # Symmetric, and often called the other way round.
         outputs, targets = targets, outputs
-    if not isinstance(module, nn.CrossEntropyLoss) and outputs.shape != targets.shape:
+    if not isinstance(module, _CLASSES_AS_TARGETS) and outputs.shape != targets.shape:
         raise LikelihoodError(
             f"{name} was called with outputs of shape {tuple(outputs.shape)} and targets of shape "
             f"{tuple(targets.shape)}, expected the same: broadcast, they would make a loss over pairs that do not "

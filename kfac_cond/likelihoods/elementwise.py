@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import LikelihoodError
 from . import events
-from .base import Likelihood, uniforms
+from .base import Likelihood
 
 
 class Elementwise(Likelihood):
     """Labels shaped as the outputs, whose elements are independent given the outputs.
 
-    A subclass says, for each element, how to draw from a uniform, the score, log p, the Fisher information and the KL.
+    A subclass says, for each element, how to draw, the score, log p, the Fisher information and the KL.
 
     Args:
         event_dims: the dimensions whose elements make one term, never 0; () makes every element a term. None: (N,) is
@@ -46,8 +46,8 @@ class Elementwise(Likelihood):
         self.event_dims = event_dims
 
     @abstractmethod
-    def _draw(self, f: Tensor, u: Tensor) -> Tensor:
-        """Labels from uniforms ``u`` on [0, 1), float32, by the inverse cdf; ``f`` in float32 at least."""
+    def _draw(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Labels shaped as ``f``, which is in float32 at least; drawn in the order of the elements."""
 
     @abstractmethod
     def _score(self, f: Tensor, y: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ class Elementwise(Likelihood):
 
     @torch.no_grad()
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Labels shaped as the outputs, one uniform an element."""
+        """Labels shaped as the outputs, one an element."""
         self.check(outputs)
-        return self._draw(events.widened(outputs), uniforms(tuple(outputs.shape), outputs, generator))
+        return self._draw(events.widened(outputs), generator)
 
     @torch.no_grad()
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:

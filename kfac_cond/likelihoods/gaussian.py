@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import LikelihoodError
-from .base import is_positive
+from .base import is_positive, uniforms
 from .elementwise import Elementwise
+from .quantiles import standard_normal
 
 
 class Gaussian(Elementwise):
@@ -41,12 +43,9 @@ class Gaussian(Elementwise):
             raise LikelihoodError(f"Gaussian(variance={variance!r}): expected a positive number, sigma^2.")
         self.variance = float(variance)
 
-    def _draw(self, f: Tensor, u: Tensor) -> Tensor:
-        # The middle of each of the 2^24 steps of u, exact in float32: symmetric, and the quantile is never infinite.
+    def _draw(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         # Labels keep float32 at least: rounded to half precision they would change the variance of the score.
-        end = 1 - 2**-24
-        z = math.sqrt(2) * (2 * u - end).clamp(-end, end).to(f.dtype).erfinv()
-        return f + math.sqrt(self.variance) * z
+        return f + math.sqrt(self.variance) * standard_normal(uniforms(tuple(f.shape), f, generator), f.dtype)
 
     def _score(self, f: Tensor, y: Tensor) -> Tensor:
         return (f - y) / self.variance

@@ -102,6 +102,48 @@ def test_mse(shape: tuple[int, ...], reduction: str) -> None:
     assert_gauss_newton(nn.MSELoss(reduction=reduction), torch.randn(shape), torch.randn(shape))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 3, 2)], ids=named)
+def test_poisson_nll(shape: tuple[int, ...], reduction: str) -> None:
+    assert_gauss_newton(nn.PoissonNLLLoss(reduction=reduction), torch.randn(shape), torch.rand(shape).round())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.3]], ids=named)
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+def test_nll_of_log_probabilities_is_cross_entropy(
+    shape: tuple[int, ...], weight: list[float] | None, reduction: str
+) -> None:
+    weights = None if weight is None else torch.tensor(weight)
+    outputs, targets = torch.randn(shape).log_softmax(1), hard_targets(shape)
+    targets.view(-1)[0] = -100
+    found, expected = (
+        as_likelihood(kind(weights, reduction=reduction), heard=True).bind(targets)
+        for kind in (nn.NLLLoss, nn.CrossEntropyLoss)
+    )
+    torch.testing.assert_close(gauss_newton(found, outputs), gauss_newton(expected, outputs))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div_of_log_probabilities(log_target: bool, reduction: str) -> None:
+    criterion = nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    outputs, targets = torch.randn(4, 3).log_softmax(1), torch.randn(4, 3).softmax(1)
+    given = targets.log() if log_target else targets
+    _, heard = heard_call(criterion, (outputs, given), {})
+    bound = as_likelihood(criterion, heard=True).bind(heard)
+    hessian = torch.func.hessian(lambda f: criterion(f.log_softmax(1), given))(outputs).reshape(12, 12)
+    torch.testing.assert_close(gauss_newton(bound, outputs), hessian, rtol=1e-10, atol=1e-10)
+    assert not bound.invalid_targets(outputs)
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("mean", 12), ("sum", 1)])
+def test_l1_is_laplace_of_scale_one_a_term_an_element(reduction: str, divisor: int) -> None:
+    outputs = torch.randn(4, 3)
+    found = gauss_newton(as_likelihood(nn.L1Loss(reduction=reduction)), outputs)
+    torch.testing.assert_close(found, torch.eye(12) / divisor)
+
+
 @pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": True, "size_average": False}], ids=named)
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
 def test_the_legacy_spelling_of_a_sum(legacy: dict[str, Any]) -> None:
@@ -174,7 +216,7 @@ def patched() -> nn.Module:
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ("poisson", "'poisson'.*'categorical', 'bernoulli', 'gaussian'"),
+    ("cauchy", "'cauchy'.*'categorical', 'bernoulli', 'gaussian'"),
     (Categorical, r"class Categorical.*Categorical\(\)"),
     (nn.CrossEntropyLoss, r"class CrossEntropyLoss.*CrossEntropyLoss\(\)"),
     (F.cross_entropy, r"function cross_entropy.*kc\.Categorical\(\)"),
@@ -191,14 +233,11 @@ REFUSED: list[tuple[Any, str]] = [
         r"CrossEntropyLoss\(reduction='none'\).*kc\.Categorical\(dim=1, divisor=M\)",
     ),
     (nn.MSELoss(reduction="none"), r"kc\.Gaussian\(0\.5, event_dims=\(\), divisor=M\)"),
-    (nn.L1Loss(), r"nn\.L1Loss has no likelihood here.*Laplace.*kc\.Likelihood"),
     (nn.SmoothL1Loss(), r"nn\.SmoothL1Loss.*quadratic near 0"),
     (nn.HuberLoss(), r"nn\.HuberLoss.*quadratic near 0"),
-    (nn.NLLLoss(), r"nn\.NLLLoss.*log-probabilities.*kc\.Categorical\(dim=1\)"),
     (nn.BCELoss(), r"nn\.BCELoss.*probabilities, not logits.*nn\.BCEWithLogitsLoss"),
-    (nn.KLDivLoss(), r"nn\.KLDivLoss.*batchmean.*kc\.Categorical"),
-    (nn.PoissonNLLLoss(), r"nn\.PoissonNLLLoss.*Poisson.*kc\.Likelihood"),
-    (nn.GaussianNLLLoss(), r"nn\.GaussianNLLLoss.*variance is predicted.*kc\.Gaussian\(variance\)"),
+    (nn.PoissonNLLLoss(log_input=False), r"log_input=False.*FromDistribution"),
+    (nn.GaussianNLLLoss(), r"nn\.GaussianNLLLoss.*second tensor.*kc\.HeteroscedasticGaussian"),
     (nn.CTCLoss(), r"nn\.CTCLoss.*alignments"),
     (nn.MultiLabelSoftMarginLoss(), r"nn\.MultiLabelSoftMarginLoss.*nn\.BCEWithLogitsLoss"),
     (nn.SoftMarginLoss(), r"nn\.SoftMarginLoss.*-1 and 1"),
@@ -218,7 +257,15 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-SUPPORTED = {"CrossEntropyLoss", "BCEWithLogitsLoss", "MSELoss"}
+SUPPORTED = {
+    "CrossEntropyLoss",
+    "BCEWithLogitsLoss",
+    "MSELoss",
+    "NLLLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "PoissonNLLLoss",
+}
 OTHERS = [getattr(nn.modules.loss, name) for name in nn.modules.loss.__all__ if name not in SUPPORTED | {"NLLLoss2d"}]
 
 
