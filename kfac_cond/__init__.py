@@ -19,7 +19,7 @@ from .errors import (
     NumericalError,
     StateError,
 )
-from .estimate import Options, estimate
+from .estimate import estimate
 from .implicit import Gram, gram, implicit, low_rank
 from .likelihoods import (
     Bernoulli,
@@ -41,6 +41,7 @@ from .likelihoods import (
     Tempered,
     VonMises,
 )
+from .options import Options
 from .preconditioner import KFAC
 from .schedules import Schedule
 from .structures import (

@@ -112,7 +112,8 @@ def test_ignored_labels_of_a_batch_leave_their_terms_out():
     found = kc.estimate(model, [(x, y)], "categorical", options=kc.Options(draws=[[drawn]]))
     expected = kc.estimate(model, [x[y >= 0]], "categorical", options=kc.Options(draws=[[drawn[y >= 0]]]))
     assert_same(found["0"].G, expected["0"].G)
-    assert found.meta["counts"] == {"examples": 5, "terms": torch.tensor(3.0)}
+    expected_counts = {"examples": 5, "terms": torch.tensor(3.0), "positions": {"0": 5.0, "2": 5.0}}
+    assert found.meta["counts"] == expected_counts
 
 
 @pytest.mark.parametrize("make", [list, lambda: iter(()), lambda: list])
@@ -397,3 +398,22 @@ def test_a_compiled_model_is_compiled_again_afterwards():
     kc.estimate(compiled, [torch.randn(5, 3)], "categorical")
     zero = torch.zeros(1, 3)
     assert_same(compiled(zero)[0], compiled._orig_mod[0].bias + 1)
+
+
+def test_estimates_over_different_data_merge_into_that_over_all():
+    model, inputs, drawn = classifier(), torch.randn(7, 3), torch.randint(3, (7,))
+
+    def over(rows: slice) -> kc.Fisher:
+        return kc.estimate(model, [inputs[rows]], "categorical", options=kc.Options(draws=[[drawn[rows]]]))
+
+    merged, whole = over(slice(0, 2)).merge(over(slice(2, 7))), over(slice(0, 7))
+    assert_same(merged["0"].to_dense(), whole["0"].to_dense())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+def test_a_saved_estimate_is_read_back(structure, tmp_path):
+    pytest.importorskip("safetensors")
+    fisher = kc.estimate(classifier(), [torch.randn(5, 3)], "categorical", structure=structure)
+    fisher.save(tmp_path / "fisher.safetensors")
+    found = kc.Fisher.load(tmp_path / "fisher.safetensors")
+    assert torch.equal(found["2"].to_dense(), fisher["2"].to_dense())

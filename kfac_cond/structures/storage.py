@@ -18,6 +18,7 @@ from ..errors import ArgumentError, KFACError, StateError
 from ..layers.layout import WeightLayout
 from ..layers.naming import join, named_modules
 from .base import Block
+from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .flat import FlatLayout
 from .kronecker import KroneckerBlock
@@ -55,6 +56,7 @@ def register_stored(tag: str, stored: Stored) -> None:
 
 register_stored("kronecker", Stored(KroneckerBlock, ("A", "G")))
 register_stored("eigen", Stored(EigenBlock, ("basis_A", "basis_G", "values")))
+register_stored("diagonal", Stored(DiagonalBlock, ("values",)))
 register_stored("low_rank", Stored(LowRankBlock, ("values", "vectors"), ("rest",)))
 
 
