@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from demo_display import Display, console, display
 from demo_report import Runs, heading, results, save_json, save_picture, summaries, table, verdict
 from demo_tasks import OPTIMIZERS, TASKS, Task, split
@@ -34,7 +36,7 @@ def run(*, task: str = "all", steps: int | None = None, seeds: int = 3, out: Pat
     try:
         _check_writable(out)
         try:
-            with display(page, tasks, seeds=seeds, steps=lengths) as shown:
+            with one_thread(), display(page, tasks, seeds=seeds, steps=lengths) as shown:
                 for finished in _train_all(tasks, lengths, seeds, shown):
                     runs[finished.task].setdefault(finished.optimizer, []).append(finished)
         except KeyboardInterrupt:
@@ -56,6 +58,17 @@ def run(*, task: str = "all", steps: int | None = None, seeds: int = 3, out: Pat
         f"saved: {', '.join(map(str, saved))}" if saved else "nothing saved: no run was finished", soft_wrap=True
     )
     return 0 if complete else INTERRUPTED
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The networks are small: more threads would wait for each other, and far longer beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_all(tasks: list[Task], steps: dict[str, int], seeds: int, shown: Display) -> Iterator[Run]:

@@ -36,7 +36,9 @@ class Laplace(_Shaped):
 
     Args:
         scale: b > 0, in units of the labels.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     The Fisher is 1 / b^2; the Hessian of -log p is zero at almost every label, and not the Fisher.
 
@@ -85,7 +87,9 @@ class Gamma(_Shaped):
 
     Args:
         dispersion: phi > 0, the squared coefficient of variation; the gamma's concentration is 1 / phi.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Raises:
         LikelihoodError: a dispersion that is not a positive number.
@@ -131,7 +135,9 @@ class Beta(_Shaped):
 
     Args:
         dispersion: phi in (0, 1); the two concentrations are mu c and (1 - mu) c with c = 1 / phi - 1.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Raises:
         LikelihoodError: a dispersion that is not a number between 0 and 1.
@@ -193,7 +199,9 @@ class VonMises(_Shaped):
 
     Args:
         concentration: kappa > 0 of density exp(kappa cos(y - output)); where large, the variance is near 1 / kappa.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Labels may be any angle; drawn ones lie within half a circle of the output.
 

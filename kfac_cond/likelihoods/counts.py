@@ -23,7 +23,9 @@ class Poisson(Elementwise):
     """Counts whose mean and variance are exp(outputs); what nn.PoissonNLLLoss(log_input=True) stands for.
 
     Args:
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Source: McCullagh & Nelder 1989, chapter 6: for log rates the Fisher is exp(outputs), the Hessian at any label.
     """
@@ -55,7 +57,9 @@ class NegativeBinomial(Elementwise):
 
     Args:
         size: the fixed size r > 0; the Poisson is its limit.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Raises:
         LikelihoodError: a size that is not a positive number.
@@ -112,7 +116,9 @@ class Binomial(Elementwise):
 
     Args:
         total_count: the number of trials n, a positive integer.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Raises:
         LikelihoodError: a total_count that is not a positive integer.

@@ -19,7 +19,9 @@ class Ordinal(Elementwise):
 
     Args:
         thresholds: K - 1 ascending numbers, fixed. Where they are learned, ``FromDistribution`` takes them as outputs.
-        event_dims, reduction, divisor: as of ``Elementwise``.
+        event_dims: as of ``Elementwise``.
+        reduction: likewise.
+        divisor: likewise.
 
     Raises:
         LikelihoodError: no thresholds, or some that do not ascend.
