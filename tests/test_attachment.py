@@ -129,6 +129,8 @@ def test_parameter_groups_change_the_rates_alone(split):
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_rate_may_be_a_tensor(shape):
     model, data = network(), batches(2)
+    if shape and torch.__version__.startswith("2.6"):
+        pytest.skip("this torch steps with 0-d rates alone")
     expected = plain_run(model, data, trust_region=kc.KLClip(1e-4))
     optimizer = sgd(model.parameters(), lr=torch.full(shape, 0.1))
     _, criterion = wrapped(model, optimizer, trust_region=kc.KLClip(1e-4))

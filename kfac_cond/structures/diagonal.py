@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
-from .base import Block, Rule, checked_damping, require_eigenpairs, require_regular, require_unfactored
+from .base import checked_damping, require_eigenpairs, require_regular
+from .diagonalised import DiagonalisedBlock
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DiagonalBlock(Block):
+class DiagonalBlock(DiagonalisedBlock):
     """F = diag(values).
 
     Args:
@@ -32,39 +33,12 @@ class DiagonalBlock(Block):
                 f"{self.label}: values has shape {tuple(self.values.shape)}, expected {self.layout.matrix_shape}"
             )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def inverse(self, *, damping: float = 0.0, rule: Rule = "exact") -> DiagonalBlock:
-        require_unfactored(self, rule)
-        return replace(self, values=self._damped(damping).reciprocal())
-
-    def sqrt(self) -> DiagonalBlock:
-        return replace(self, values=self.values.sqrt())
-
-    def inverse_sqrt(self, *, damping: float = 0.0) -> DiagonalBlock:
-        return replace(self, values=self._damped(damping).rsqrt())
-
-    def trace(self) -> Tensor:
-        return self.values.sum()
-
-    def logdet(self, *, damping: float = 0.0) -> Tensor:
-        return self._damped(damping).log().sum()
-
-    def frobenius_norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.values)
-        return norm
+    def with_values(self, values: Tensor) -> DiagonalBlock:
+        """Other values on the diagonal, of ``layout.matrix_shape``."""
+        return replace(self, values=values)
 
     def diagonal(self) -> Tensor:
         return self.values.clone()
-
-    def eigenvalues(self) -> Tensor:
-        return torch.sort(self.values.flatten(), descending=True)[0]
 
     def top_eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         require_eigenpairs(self, k)
@@ -78,9 +52,6 @@ class DiagonalBlock(Block):
 
     def _product(self, matrix: Tensor) -> Tensor:
         return matrix * self.values
-
-    def _scaled(self, factor: float) -> DiagonalBlock:
-        return replace(self, values=self.values * factor)
 
     def _dense(self) -> Tensor:
         return torch.diag(self.values.flatten())

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
 from ..linalg.kronecker import kron, kronecker_matmul
-from .base import Block, Rule, checked_damping, require_eigenpairs, require_regular, require_unfactored
+from .base import Block, checked_damping, require_eigenpairs, require_regular
+from .diagonalised import DiagonalisedBlock
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EigenBlock(Block):
+class EigenBlock(DiagonalisedBlock):
     """F = (U_G (x) U_A) diag(values) (U_G (x) U_A)^T.
 
     Args:
@@ -42,43 +43,12 @@ class EigenBlock(Block):
                 f"{self.label}: values has shape {tuple(self.values.shape)}, expected {self.layout.matrix_shape}"
             )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
     def with_values(self, values: Tensor) -> EigenBlock:
         """The same basis with other eigenvalues, of ``layout.matrix_shape``."""
         return replace(self, values=values)
 
-    def inverse(self, *, damping: float = 0.0, rule: Rule = "exact") -> EigenBlock:
-        require_unfactored(self, rule)
-        return replace(self, values=self._damped(damping).reciprocal())
-
-    def sqrt(self) -> EigenBlock:
-        return replace(self, values=self.values.sqrt())
-
-    def inverse_sqrt(self, *, damping: float = 0.0) -> EigenBlock:
-        return replace(self, values=self._damped(damping).rsqrt())
-
-    def trace(self) -> Tensor:
-        return self.values.sum()
-
-    def logdet(self, *, damping: float = 0.0) -> Tensor:
-        return self._damped(damping).log().sum()
-
-    def frobenius_norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.values)
-        return norm
-
     def diagonal(self) -> Tensor:
         return kronecker_matmul(self.basis_G.square(), self.values, self.basis_A.square().mT)
-
-    def eigenvalues(self) -> Tensor:
-        return torch.sort(self.values.flatten(), descending=True)[0]
 
     def top_eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         require_eigenpairs(self, k)
@@ -100,9 +70,6 @@ class EigenBlock(Block):
     def _product(self, matrix: Tensor) -> Tensor:
         rotated = kronecker_matmul(self.basis_G.mT, matrix, self.basis_A)
         return kronecker_matmul(self.basis_G, rotated * self.values, self.basis_A.mT)
-
-    def _scaled(self, factor: float) -> EigenBlock:
-        return replace(self, values=self.values * factor)
 
     def _dense(self) -> Tensor:
         basis = kron(self.basis_G, self.basis_A)
