@@ -38,6 +38,7 @@ from .likelihoods import (
     NegativeBinomial,
     Ordinal,
     Poisson,
+    Product,
     Tempered,
     VonMises,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "Options",
     "Ordinal",
     "Poisson",
+    "Product",
     "Schedule",
     "StateError",
     "SumBlock",

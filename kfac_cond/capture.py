@@ -17,13 +17,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
-from .forwards import Forward, Use, Wanted, add_gradients, add_inputs
+from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of
 from .guards import EagerForwards, kept_running_statistics, without_autocast
+from .heads import Head, Sent, divisors
 from .hooks import Hook, Owner, in_backward
 from .layers.sharing import kept
 from .layers.survey import Layer
-from .likelihoods import Likelihood
-from .statistics import LayerSums, Statistics, check_finite, statistic_dtype
+from .statistics import LayerSums, Slots, Statistics, check_finite
 
 logger = logging.getLogger("kfac_cond")
 
@@ -169,25 +169,25 @@ class Capture:
         forward = self.waiting[-1] if self.waiting else self._open(None)
         edge = _edge(output)
         with torch.no_grad(), without_autocast(inputs.device):
-            a = layer.kind.activations(module, inputs.to(statistic_dtype(inputs.dtype)))
+            a = layer.kind.activations(module, inputs.to(dtype_of(inputs, self._wanted)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
             self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or keep is not None)
             forward.add(layer, Use(edge, output.shape, module, keep), a, self._wanted)
 
     def send_back(
         self,
-        outputs: Sequence[Tensor],
-        scores: Iterable[tuple[Sequence[Tensor], float]],
+        scores: Iterable[Sent],
         *,
+        slots: int,
         examples: int,
         again: bool = False,
         replaceable: bool = False,
     ) -> dict[str, LayerSums] | None:
-        """Send scores back from ``outputs`` to the layers of the forwards they were computed by.
+        """Send scores back from outputs to the layers of the forwards they were computed by.
 
         Args:
-            outputs: what the scores are gradients of -log p with respect to.
-            scores: for each draw the scores, shaped as the outputs, and the draw's weight in G.
+            scores: one by one, each with the outputs that it is the gradient of -log p with respect to.
+            slots: how many slots there are.
             examples: N, along dimension 0 of the outputs; 'reduce' needs it.
             again: use the replaceable forwards that were sent back to before.
             replaceable: whether those reached may be sent back to again.
@@ -205,19 +205,21 @@ class Capture:
             for entry in forward.entries.values()
             for use in entry.uses
         ]
-        if not uses or not any(one.requires_grad for one in outputs):
+        if not uses:
             return None
         sums: dict[str, LayerSums] = {}
         touched: set[int] = set()
-        for score, weight in scores:
-            gradients = self._gradients(outputs, [use.edge for _, _, use in uses], score)
+        for sent in scores:
+            if not sent.outputs.requires_grad:
+                continue
+            gradients = self._gradients(sent.outputs, [use.edge for _, _, use in uses], sent.score)
             touched.update(index for (index, _, _), g in zip(uses, gradients, strict=True) if g is not None)
-            if not touched:
-                return None
             reached = [(entry, use, g) for (_, entry, use), g in zip(uses, gradients, strict=True) if g is not None]
             del gradients
             with torch.no_grad():
-                add_gradients(sums, reached, weight, examples, self._wanted)
+                add_gradients(sums, reached, Place(sent.weight, sent.slot, slots), examples, self._wanted)
+        if not touched:
+            return None
         heard = [forwards[index] for index in sorted(touched)]
         with torch.no_grad():
             add_inputs(sums, heard)
@@ -234,7 +236,7 @@ class Capture:
         for forward in self.waiting:
             for name, entry in forward.entries.items():
                 zero = entry.inputs.new_zeros(())
-                sums.setdefault(name, LayerSums(zero, zero, zero))
+                sums.setdefault(name, LayerSums(zero, zero, zero.unsqueeze(0)))
         with torch.no_grad():
             add_inputs(sums, self.waiting)
         return sums
@@ -246,19 +248,17 @@ class Capture:
         if not edges:
             return False
         try:
-            found = self._gradients([outputs], edges, [torch.zeros_like(outputs)])
+            found = self._gradients(outputs, edges, torch.zeros_like(outputs))
         except CaptureError:
             # The way to our edges was freed by a backward; a graph that does not lead to them is never entered.
             return True
         return any(gradient is not None for gradient in found)
 
-    def _gradients(
-        self, outputs: Sequence[Tensor], edges: Sequence[GradientEdge], scores: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """One backward from scores to edges. Autocast would reach into it, hence off."""
-        with without_autocast(outputs[0].device), kept_running_statistics(self.model):
+    def _gradients(self, outputs: Tensor, edges: Sequence[GradientEdge], score: Tensor) -> Sequence[Tensor]:
+        """One backward from a score to edges. Autocast would reach into it, hence off."""
+        with without_autocast(outputs.device), kept_running_statistics(self.model):
             try:
-                return torch.autograd.grad(outputs, edges, scores, retain_graph=True, allow_unused=True)
+                return torch.autograd.grad(outputs, edges, score, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 if known := next((words for key, words in _REFUSALS.items() if key in str(error)), None):
                     raise CaptureError(known) from error
@@ -267,42 +267,38 @@ class Capture:
 
 def gathered(
     capture: Capture,
-    outputs: Tensor,
-    likelihood: Likelihood,
-    scores: Iterable[tuple[Tensor, float]],
+    heads: Sequence[Head],
+    scores: Iterable[Sent],
     *,
+    slots: Slots,
     invalid: Tensor,
     again: bool = False,
     replaceable: bool = False,
 ) -> Statistics | None:
-    """The statistics of one batch: scores sent back from its outputs, with the counts and flags of the likelihood.
+    """The statistics of one batch: scores sent back from its heads, with the counts and flags of their likelihoods.
 
     Args:
-        capture: holds the forward that computed ``outputs``.
-        outputs: what parametrises p.
-        likelihood: bound to the batch; it says M and N.
-        scores: (score, weight in G), one a draw or column.
+        capture: holds the forward that computed the outputs.
+        heads: of the batch; they say M and N.
+        scores: of the heads' outputs.
+        slots: what is summed apart.
         invalid: 0-d bool, some label is out of range: such a batch counts as not finite.
         again, replaceable: as for ``Capture.send_back``.
 
     Returns:
         None where the outputs do not come from any forward held.
     """
-    examples = likelihood.examples(outputs)
-    pairs = (((score,), weight) for score, weight in scores)
-    with without_autocast(outputs.device):
-        sums = capture.send_back([outputs], pairs, examples=examples, again=again, replaceable=replaceable)
-    return None if sums is None else counted(sums, outputs, likelihood, invalid)
+    examples = heads[0].likelihood.examples(heads[0].outputs)
+    with without_autocast(heads[0].outputs.device):
+        sums = capture.send_back(scores, slots=len(slots), examples=examples, again=again, replaceable=replaceable)
+    return None if sums is None else counted(sums, heads, slots, invalid)
 
 
-def counted(sums: dict[str, LayerSums], outputs: Tensor, likelihood: Likelihood, invalid: Tensor) -> Statistics:
-    """Sums of one batch with the counts and flags that the likelihood gives its outputs."""
-    examples = likelihood.examples(outputs)
+def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, invalid: Tensor) -> Statistics:
+    """Sums of one batch with the counts and flags that the likelihoods give its outputs."""
+    examples = heads[0].likelihood.examples(heads[0].outputs)
     finite, nonfinite = check_finite(sums)
-    divisor = likelihood.terms(outputs)
-    return Statistics(
-        sums, divisor, likelihood.reduction != "sum", examples, finite & ~invalid.to(finite.device), nonfinite
-    )
+    return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
 
 
 def _edge(output: Tensor) -> GradientEdge:

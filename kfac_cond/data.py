@@ -148,7 +148,12 @@ def _takes_labels(model: nn.Module) -> bool:
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:
-    return value.to(device) if isinstance(value, Tensor) and device is not None else value
+    """A tensor, or a mapping or tuple of some, on the device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _device(model: nn.Module) -> torch.device | None:

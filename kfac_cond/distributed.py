@@ -33,7 +33,8 @@ def summed(statistics: Statistics, flags: Flags, layers: Mapping[str, Layer]) ->
         layers: all layers, in the order that every rank has.
     """
     mine = statistics.or_zero()
-    matrices = {name: _matrices(layer, mine.layers.get(name)) for name, layer in layers.items()}
+    heads = len(mine.slots)
+    matrices = {name: _matrices(layer, mine.layers.get(name), heads) for name, layer in layers.items()}
     for dtype in dict.fromkeys(A.dtype for A, _ in matrices.values()):
         _add_up([side for pair in matrices.values() for side in pair if side.dtype == dtype])
     counts = _counts(mine, flags, layers)
@@ -41,9 +42,11 @@ def summed(statistics: Statistics, flags: Flags, layers: Mapping[str, Layer]) ->
     sums = {name: LayerSums(A, counts[f"A {name}"], G) for name, (A, G) in matrices.items()}
     finite = counts["finite"] > 0
     # A loss that is a sum has M = 1 however many ranks add to it.
-    divisor = counts["divisor"] if mine.adds else counts["divisor"] / counts["finite"].clamp(min=1)
+    usable = counts["finite"].clamp(min=1)
+    Ms = zip(mine.slots.adds, counts["divisor"].unbind(), strict=True)
+    divisor = torch.stack([M if adds else M / usable for adds, M in Ms])
     together = Flags(flags.captures * ranks(), {key: counts[f"flag {key}"].long() for key in _flag_keys(layers)})
-    return Statistics(sums, divisor, mine.adds, statistics.examples * ranks(), finite), together
+    return Statistics(sums, divisor, mine.slots, statistics.examples * ranks(), finite), together
 
 
 class StaticGraph:
@@ -73,13 +76,13 @@ class StaticGraph:
         return self._held is not None
 
 
-def _matrices(layer: Layer, sums: LayerSums | None) -> tuple[Tensor, Tensor]:
+def _matrices(layer: Layer, sums: LayerSums | None, heads: int) -> tuple[Tensor, Tensor]:
     """(A, G) sums as tensors of their own; zeros where the layer was not used here."""
     if sums is not None:
         return sums.A, sums.G
     *groups, d_out, d_in = layer.layout.matrix_shape
     like = layer.weight.new_zeros((), dtype=statistic_dtype(layer.weight.dtype))
-    return like.new_zeros((*groups, d_in, d_in)), like.new_zeros((*groups, d_out, d_out))
+    return like.new_zeros((*groups, d_in, d_in)), like.new_zeros((heads, *groups, d_out, d_out))
 
 
 def _counts(mine: Statistics, flags: Flags, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

@@ -23,22 +23,22 @@ class Draws:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = torch.initial_seed() if seed is None else int(seed)
         self._step = -1
-        self._streams: dict[tuple[int, torch.device], torch.Generator] = {}
+        self._streams: dict[tuple[int, int, torch.device], torch.Generator] = {}
 
-    def generators(self, *, step: int, count: int, device: torch.device) -> list[torch.Generator | None]:
-        """The generators of ``count`` draws of ``step``; None each on the meta device, which draws nothing."""
+    def generators(self, *, step: int, count: int, device: torch.device, head: int = 0) -> list[torch.Generator | None]:
+        """The generators of ``count`` draws of a head at ``step``; None each on the meta device: it draws nothing."""
         if device.type == "meta":
             return [None] * count
         if step != self._step:
             self._step = step
             self._streams.clear()
-        return [self._stream(draw, device) for draw in range(count)]
+        return [self._stream(head, draw, device) for draw in range(count)]
 
     def state(self) -> dict[str, Any]:
         """Where the streams of the step under way stand, as plain numbers and tensors."""
         streams = [
-            {"draw": draw, "device": str(device), "state": stream.get_state()}
-            for (draw, device), stream in self._streams.items()
+            {"head": head, "draw": draw, "device": str(device), "state": stream.get_state()}
+            for (head, draw, device), stream in self._streams.items()
         ]
         return {"step": self._step, "streams": streams}
 
@@ -53,14 +53,16 @@ class Draws:
         for entry in state["streams"]:
             device = torch.device(entry["device"])
             if device.type == "cpu" or torch.get_device_module(device).is_available():
-                self._streams[int(entry["draw"]), device] = torch.Generator(device).set_state(entry["state"].cpu())
+                key = (int(entry["head"]), int(entry["draw"]), device)
+                self._streams[key] = torch.Generator(device).set_state(entry["state"].cpu())
 
-    def _stream(self, draw: int, device: torch.device) -> torch.Generator:
-        stream = self._streams.get((draw, device))
+    def _stream(self, head: int, draw: int, device: torch.device) -> torch.Generator:
+        stream = self._streams.get((head, draw, device))
         if stream is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            words = np.random.SeedSequence([self.seed % 2**64, self._step, draw, rank]).generate_state(1, np.uint64)
+            key = [self.seed % 2**64, self._step, draw, rank, *([head] if head else [])]
+            words = np.random.SeedSequence(key).generate_state(1, np.uint64)
             # Half of the range: a seed is a signed number to some devices.
             stream = torch.Generator(device=device).manual_seed(int(words[0]) >> 1)
-            self._streams[draw, device] = stream
+            self._streams[head, draw, device] = stream
         return stream

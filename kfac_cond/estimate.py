@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import overload
 
+import torch
 from torch import nn
 
 from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
+from .heads import Distribution
 from .layers.survey import Layer, survey
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods import as_likelihood
 from .options import KINDS, Batches, Kind, Options
 from .passes import Pass, checked_batches
 from .statistics import Statistics
@@ -24,7 +26,7 @@ STRUCTURES = (*COLLECTORS, "dense", "mixed")
 def estimate(
     model: nn.Module,
     data: Batches,
-    likelihood: Likelihood | str | nn.Module,
+    likelihood: Distribution | str | nn.Module,
     *,
     structure: str = "kfac",
     kind: Kind = "sampled",
@@ -37,7 +39,7 @@ def estimate(
 def estimate(
     model: nn.Module,
     data: Batches,
-    likelihood: Likelihood | str | nn.Module,
+    likelihood: Distribution | str | nn.Module,
     *,
     structure: list[str] | tuple[str, ...],
     kind: Kind = "sampled",
@@ -49,7 +51,7 @@ def estimate(
 def estimate(
     model: nn.Module,
     data: Batches,
-    likelihood: Likelihood | str | nn.Module,
+    likelihood: Distribution | str | nn.Module,
     *,
     structure: str | list[str] | tuple[str, ...] = "kfac",
     kind: Kind = "sampled",
@@ -65,7 +67,7 @@ def estimate(
         model: any module.
         data: batches, or a function that yields them: a tensor, a tuple (inputs, labels), or a mapping of keyword
             arguments. Labels serve masks and class weights alone.
-        likelihood: a likelihood, its name, or a criterion module.
+        likelihood: a likelihood, its name, a criterion module, or a ``kc.Product`` of several heads.
         structure: what each layer's block is stored as: 'kfac' (a Kronecker pair), 'ekfac' (its eigenbasis with
             eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'block' (a dense matrix);
             'dense' (all layers in one matrix); 'mixed' (what ``Options(rules=)`` says of each layer, 'kfac' elsewhere).
@@ -108,12 +110,13 @@ def estimate(
     given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
     single = Pass(*given)
     total = single.run(data)
-    factors = single.factors(total)
+    single.check_complete(total)
     if any(one.waiting for one in stored):
+        factors = single.factors(total)
         for one in stored:
             one.look_again(factors)
         _check_again(total, Pass(*given).run(data))
-    fishers = single.fishers(total, factors, words)
+    fishers = single.fishers(total, words)
     return fishers[0] if isinstance(structure, str) else fishers
 
 
@@ -137,10 +140,12 @@ def _check(model: nn.Module, words: list[str], kind: str, samples: int, options:
 
 
 def _check_again(first: Statistics, second: Statistics) -> None:
-    if first.examples != second.examples or not (first.divisor.is_meta or bool(first.divisor == second.divisor)):
+    same = first.divisor.is_meta or torch.equal(first.divisor, second.divisor)
+    if first.examples != second.examples or not same:
+        M, again = (", ".join(f"{one:g}" for one in total.divisor.tolist()) for total in (first, second))
         raise ArgumentError(
-            f"the second pass gave {second.examples} examples and M = {float(second.divisor):g}, the first "
-            f"{first.examples} and {float(first.divisor):g}: second_pass=True needs the same batches again"
+            f"the second pass gave {second.examples} examples and M = {again}, the first {first.examples} and {M}: "
+            f"second_pass=True needs the same batches again"
         )
 
 

@@ -33,12 +33,29 @@ class Wanted:
     Args:
         moments: layers whose A and G are summed; of others only what says whether they are finite.
         pairs: layers whose activations are kept until the scores come back.
-        take: called with the pairs of one batch and draw, and with the draw's weight.
+        take: called with the pairs of one batch and score, and with the score's weight and slot.
+        dtype: of the statistics, where they would be narrower.
     """
 
     moments: frozenset[str]
     pairs: frozenset[str]
-    take: Callable[[Pairs, float], None]
+    take: Callable[[Pairs, float, int], None]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the second moment of one score is added: its weight, its slot, and how many slots there are."""
+
+    weight: float
+    slot: int
+    slots: int
+
+
+def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
+    """The dtype of statistics that are made of ``x``."""
+    dtype = statistic_dtype(x.dtype)
+    return dtype if wanted is None else torch.promote_types(dtype, wanted.dtype)
 
 
 @dataclass
@@ -104,24 +121,24 @@ class Forward:
 def add_gradients(
     sums: dict[str, LayerSums],
     reached: Iterable[tuple[Entry, Use, Tensor]],
-    weight: float,
+    place: Place,
     examples: int,
     wanted: Wanted | None = None,
 ) -> None:
-    """Add one draw's g g^T to the sums of the layers reached, and hand on the pairs that are wanted."""
+    """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted."""
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for entry, use, gradient in reached:
         layer = entry.layer
-        g = gradient.to(statistic_dtype(gradient.dtype)).reshape(use.shape)
+        g = gradient.to(dtype_of(gradient, wanted)).reshape(use.shape)
         g = masked(layer.kind.output_gradients(use.module, g), use.keep)
         if use.a is not None:
             uses.setdefault(layer.name, []).append(_pair(layer, use.a, g, examples))
         if not entry.moments:
-            _accumulate(sums, layer, g.sum(), weight)
+            _accumulate(sums, layer, g.sum(), place)
             continue
         if layer.sharing == "expand":
-            _accumulate(sums, layer, expanded_gradient_moment(g), weight)
+            _accumulate(sums, layer, expanded_gradient_moment(g), place)
             continue
         if g.shape[-3] != examples:
             raise CaptureError(
@@ -132,9 +149,9 @@ def add_gradients(
         total = g.sum(dim=-2)
         pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
     for layer, total in pooled.values():
-        _accumulate(sums, layer, second_moment(total), weight)
+        _accumulate(sums, layer, second_moment(total), place)
     if wanted is not None and uses:
-        wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, weight)
+        wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, place.weight, place.slot)
 
 
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
@@ -162,14 +179,19 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(a, dim=-2), torch.cat(g, dim=-2)
 
 
-def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, weight: float) -> None:
-    moment = moment if weight == 1.0 else moment.mul_(weight)
+def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place: Place) -> None:
     mine = sums.get(layer.name)
-    if mine is None:
-        empty = moment.new_zeros(())
-        sums[layer.name] = LayerSums(empty, empty, moment)
+    if mine is not None:
+        mine.G[place.slot].add_(moment, alpha=place.weight)
+        return
+    moment = moment if place.weight == 1.0 else moment.mul_(place.weight)
+    if place.slots == 1:
+        G = moment.unsqueeze(0)
     else:
-        mine.G.add_(moment)
+        G = moment.new_zeros(place.slots, *moment.shape)
+        G[place.slot] = moment
+    empty = moment.new_zeros(())
+    sums[layer.name] = LayerSums(empty, empty, G)
 
 
 def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:

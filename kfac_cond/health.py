@@ -31,7 +31,7 @@ class Flags:
         """Add one capture's flags; nothing is read."""
         self.captures += 1
         self._count("captures", ~statistics.finite)
-        self._count("usable", statistics.finite & (statistics.divisor > 0))
+        self._count("usable", statistics.finite & (statistics.divisor > 0).any())
         self._count("labels", invalid_labels)
         for name, flag in statistics.nonfinite.items():
             self._count(f"layer {name}", flag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,22 @@ from .checks import check_update
 from .data import Data
 from .draws import Draws
 from .errors import AttachError, CaptureError, LikelihoodError
+from .heads import (
+    Distribution,
+    Head,
+    bound_to_batch,
+    invalid_labels,
+    invalid_targets,
+    require_targets,
+    sampled,
+    slots_of,
+    split,
+)
 from .health import Flags
 from .hooks import Owner
 from .layers.survey import Layer
-from .likelihoods import Likelihood, sampled_scores
-from .listening import Listener, bound_to_batch
+from .likelihoods import Product
+from .listening import Listener
 from .statistics import Statistics
 
 logger = logging.getLogger("kfac_cond")
@@ -39,7 +51,7 @@ class Intake:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | nn.Module,
+        likelihood: Distribution | str | nn.Module,
         data: Data,
         *,
         owner: Owner,
@@ -49,6 +61,8 @@ class Intake:
     ) -> None:
         self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
+        #: What is summed apart of each capture.
+        self.slots = slots_of(self.listener.likelihood)
         #: Whether ``update`` was called: from then on it is the only source.
         self.explicit = False
         self._model = model
@@ -190,48 +204,54 @@ class Intake:
     def _drop(self) -> None:
         self._pending, self._flags = None, Flags()
 
-    def update(self, outputs: Tensor, *, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
+    def update(self, outputs: Any, *, targets: Any, draws: Any) -> None:
         """Gather from one forward's outputs; see ``KFAC.update``."""
-        check_update(outputs, targets, draws)
+        if not isinstance(self.listener.likelihood, Product):
+            check_update(outputs, targets, draws)
         self.require_on_model()
         if self._due():
             self._gather(outputs, targets, draws)
         self.explicit = True
         self.listener.stop()
 
-    def _gather(self, outputs: Tensor, targets: Tensor | None, draws: Tensor | Sequence[Tensor] | None) -> None:
-        bound = bound_to_batch(self.listener.likelihood, self._data, outputs, targets=targets)
-        if bound.needs_targets:
-            raise CaptureError(f"{bound!r} needs the data labels: call kfac.update(outputs, targets=labels)")
-        drawn = [draws] if isinstance(draws, Tensor) else draws
+    def _gather(self, outputs: Any, targets: Any, draws: Any) -> None:
+        likelihood = self.listener.likelihood
+        heads = bound_to_batch(likelihood, self._data, split(likelihood, outputs), targets=targets)
+        require_targets(heads, "call kfac.update(outputs, targets=labels)", CaptureError)
+        several = draws is None or (isinstance(draws, Sequence) and not hasattr(draws, "_fields"))
+        drawn = draws if several else [draws]
+        if drawn is not None:
+            drawn = [split(likelihood, one, "draws") for one in drawn]
         if not self.explicit:
             # Labels drawn for what was heard on its own are let go with it, and the stream of this step starts anew: a
             # resumed run, which hears its first forward as well, then draws what the uninterrupted one does.
             self.draws = Draws(self.draws.seed)
-        if not (self._replace_heard(outputs, bound, drawn) or self._send(outputs, bound, drawn)):
+        if not (self._replace_heard(heads, drawn) or self._send(heads, drawn)):
+            shapes = ", ".join(str(tuple(head.outputs.shape)) for head in heads)
             raise CaptureError(
                 f"no captured forward of {type(self._model).__name__} computed these outputs (of shape "
-                f"{tuple(outputs.shape)}): pass the tensor that the model returned, with gradients enabled, once for "
+                f"{shapes}): pass the tensor that the model returned, with gradients enabled, once for "
                 f"each forward."
             )
 
-    def _replace_heard(self, outputs: Tensor, bound: Likelihood, drawn: Sequence[Tensor] | None) -> bool:
+    def _replace_heard(self, heads: Sequence[Head], drawn: Sequence[Mapping[str, Tensor]] | None) -> bool:
         """Gather from a forward that was heard on its own before; all that was heard so far is let go."""
-        return self._heard_alone and self._send(outputs, bound, drawn, again=True)
+        return self._heard_alone and self._send(heads, drawn, again=True)
 
-    def _hear(self, outputs: Tensor, likelihood: Likelihood) -> None:
+    def _hear(self, heads: Sequence[Head]) -> None:
         """Gather from outputs that the listener heard of; those of other models are ignored."""
         try:
-            reached = self._send(outputs, likelihood, None, replaceable=True)
+            reached = self._send(heads, None, replaceable=True)
         except LikelihoodError:
             # A criterion may serve other models too, on outputs of other forms.
-            if self._ours(outputs):
+            if any(self._ours(head.outputs) for head in heads):
                 raise
             return
-        if not reached and self.capture.computed(outputs, spent=True):
+        if not reached and any(self.capture.computed(head.outputs, spent=True) for head in heads):
             raise CaptureError(
                 "the loss was called twice on one forward of the wrapped model: the library cannot know how the two "
-                "are weighted. For mixed-up labels pass the mixed probabilities as the target of one call; else call "
+                "are weighted. For mixed-up labels pass the mixed probabilities as the target of one call; for several "
+                "heads give KFAC kc.Product({head: likelihood}, weights=...) in place of the criterion; else call "
                 "kfac.update(outputs) once for the outputs that parametrise p."
             )
 
@@ -242,22 +262,23 @@ class Intake:
 
     def _send(
         self,
-        outputs: Tensor,
-        likelihood: Likelihood,
-        draws: Sequence[Tensor] | None,
+        heads: Sequence[Head],
+        draws: Sequence[Mapping[str, Tensor]] | None,
         *,
         again: bool = False,
         replaceable: bool = False,
     ) -> bool:
-        """Send scores back from ``outputs`` and keep the statistics; False where no forward of ours was reached."""
-        count = 1 if draws is None else len(draws)
-        generators = self.draws.generators(step=self._step(), count=count, device=outputs.device)
-        invalid = likelihood.invalid_targets(outputs)
+        """Send the heads' scores back and keep the statistics; False where no forward of ours was reached."""
+        generators = {
+            head.name: self.draws.generators(step=self._step(), count=1, device=head.outputs.device, head=index)
+            for index, head in enumerate(heads)
+        }
+        invalid = invalid_targets(heads)
         for labels in draws or ():
-            invalid = invalid | likelihood.invalid_labels(outputs, labels)
-        scores = sampled_scores(likelihood, outputs, generators=generators, draws=draws)
+            invalid = invalid | invalid_labels(heads, labels)
+        scores = sampled(heads, self.slots, generators=generators, draws=draws)
         statistics = gathered(
-            self.capture, outputs, likelihood, scores, invalid=invalid, again=again, replaceable=replaceable
+            self.capture, heads, scores, slots=self.slots, invalid=invalid, again=again, replaceable=replaceable
         )
         if statistics is None:
             return False

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .data import Data, call_model
-from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
+from .errors import ArgumentError, CaptureError, CoverageError, NumericalError
 from .guards import EagerForwards, kept_state
+from .heads import bound_to_batch, meaningful, require_targets
 from .hooks import hook_owners
 from .layers.naming import join, named_modules
-from .likelihoods import Categorical, Likelihood
-from .listening import bound_to_batch
+from .likelihoods import Likelihood
 from .output_fisher import fisher_times
 
 logger = logging.getLogger("kfac_cond")
@@ -241,16 +241,14 @@ class Linearised:
         outputs = self.picks.pick_outputs(args, kwargs, output)
         if not outputs.requires_grad:
             raise CaptureError("the model's outputs do not depend on its parameters: were they made under no_grad?")
-        if not (self.likelihood.needs_targets or isinstance(self.likelihood, Categorical)):
-            targets = None
-        bound = bound_to_batch(
-            self.likelihood, self.picks, outputs, args=args, kwargs=kwargs, output=output, targets=targets
+        targets = meaningful(self.likelihood, targets)
+        (head,) = bound_to_batch(
+            self.likelihood, self.picks, {"": outputs}, args=args, kwargs=kwargs, output=output, targets=targets
         )
-        if bound.needs_targets:
-            raise LikelihoodError(f"{bound!r} needs data labels, and the batch has none: yield (inputs, labels)")
+        require_targets([head], "yield (inputs, labels)")
         if not bool(outputs.detach().isfinite().all()):
             raise NumericalError("outputs that are not finite: look for NaN or infinite inputs or weights")
-        return Point(outputs, bound)
+        return Point(outputs, head.likelihood)
 
     def _filled(self, found: Iterable[Tensor | None]) -> Gradients:
         """Zeros where the outputs do not depend on a parameter."""

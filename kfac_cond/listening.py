@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from .data import Data
 from .errors import CaptureError, KFACError, LikelihoodError
+from .heads import Distribution, Head, bound_to_batch, picked, require_targets
 from .hooks import Hook, in_backward
-from .likelihoods import Likelihood, as_likelihood, heard_call
+from .likelihoods import as_likelihood, from_criterion, heard_call
 
-Heard = Callable[[Tensor, Likelihood], None]
+Heard = Callable[[Sequence[Head]], None]
 
 
 class Listener:
-    """Turns calls of a criterion, or forwards of a model, into (outputs, likelihood bound to the batch).
+    """Turns calls of a criterion, or forwards of a model, into heads: outputs with the likelihood bound to the batch.
 
     Args:
         likelihood: a likelihood, its name, or the criterion module that the user calls.
@@ -31,7 +32,7 @@ class Listener:
 
     def __init__(
         self,
-        likelihood: Likelihood | str | nn.Module,
+        likelihood: Distribution | str | nn.Module,
         data: Data,
         *,
         due: Callable[[], bool],
@@ -43,7 +44,7 @@ class Listener:
         self.likelihood = as_likelihood(likelihood, heard=False)
         #: Why the last forward could not be taken in; raised at the step, since an explicit update may still come.
         self.refused: KFACError | None = None
-        self._heard_likelihood = as_likelihood(likelihood, heard=True)
+        self._heard_likelihood = None if self.criterion is None else from_criterion(self.criterion, heard=True)
         self._data = data
         self._due = due
         self._heard = heard
@@ -89,28 +90,29 @@ class Listener:
                 raise
             return
         if outputs.requires_grad:
-            self._heard(outputs, self._heard_likelihood.bind(targets))
+            assert self._heard_likelihood is not None
+            self._heard([Head("", self._heard_likelihood.bind(targets), outputs)])
 
     def root(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hear a forward of the model itself; used where there is no criterion to listen to."""
         if not self._on or self.criterion is not None:
             return
         try:
-            outputs = self._data.pick_outputs(args, kwargs, output)
-            if not outputs.requires_grad:
+            outputs = picked(self.likelihood, self._data, args, kwargs, output)
+            if not any(one.requires_grad for one in outputs.values()):
                 return
-            bound = bound_to_batch(self.likelihood, self._data, outputs, args=args, kwargs=kwargs, output=output)
-            if bound.needs_targets:
-                raise CaptureError(
-                    f"{bound!r} needs the data labels (class weights or ignored labels), and a forward does not say "
-                    f"them: call kfac.update(outputs, targets=labels) after the forward, or pass "
-                    f"data=kc.Data(targets=lambda args, kwargs, outputs: ...)"
-                )
+            heads = bound_to_batch(self.likelihood, self._data, outputs, args=args, kwargs=kwargs, output=output)
+            require_targets(
+                heads,
+                "a forward does not say class weights or ignored labels. Call kfac.update(outputs, targets=labels) "
+                "after the forward, or pass data=kc.Data(targets=lambda args, kwargs, outputs: ...)",
+                CaptureError,
+            )
         except KFACError as error:
             self.refused = error
             return
         self.refused = None
-        self._heard(outputs, bound)
+        self._heard(heads)
 
     def nothing_heard(self, *, forwards: bool, explicit: bool) -> KFACError:
         """The error for a due step at which nothing was heard."""
@@ -139,22 +141,3 @@ class Listener:
             "layers were captured, but the wrapped model itself was not called, so its outputs are not known: call the "
             "model rather than its parts, or kfac.update(outputs) after the forward."
         )
-
-
-def bound_to_batch(
-    likelihood: Likelihood,
-    data: Data,
-    outputs: Tensor,
-    *,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-    output: Any = None,
-    targets: Tensor | None = None,
-) -> Likelihood:
-    """A likelihood with the batch's labels and valid terms, as given and as ``data`` picks them from the call."""
-    likelihood.check(outputs)
-    kwargs = kwargs or {}
-    if targets is None and likelihood.needs_targets:
-        targets = data.pick_targets(args, kwargs, output)
-    mask = data.pick_mask(args, kwargs, output, tuple(likelihood.term_shape(outputs)))
-    return likelihood.bind(targets, mask=mask)

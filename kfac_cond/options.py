@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .checks import check_seed, described, settings_of
@@ -29,6 +30,7 @@ class Options:
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
         second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
             same batches again, in the same order: no iterator, and nothing that shuffles.
+        dtype: of the statistics, torch.float32 or torch.float64; that of the model where it is wider.
         progress: show a progress bar; None shows it on a terminal.
         data: where to find masks, positions and outputs in a batch.
     """
@@ -38,6 +40,7 @@ class Options:
     seed: int | None = None
     draws: Iterable[Sequence[Tensor]] | None = None
     second_pass: bool = False
+    dtype: torch.dtype = torch.float32
     progress: bool | None = None
     data: Data | None = None
 
@@ -51,6 +54,8 @@ class Options:
             raise ArgumentError(
                 f"Options(draws=...) is {described(self.draws)}: expected a list of label tensors for each batch"
             )
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(f"Options(dtype={self.dtype!r}): expected torch.float32 or torch.float64")
         if self.progress not in (None, True, False):
             raise ArgumentError(f"Options(progress={self.progress!r}): expected True, False, or None for a terminal")
         settings_of(self.data, Data, "Options.data")

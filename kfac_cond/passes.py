@@ -17,16 +17,33 @@ from .draws import Draws
 from .errors import ArgumentError, CaptureError, LikelihoodError, NumericalError
 from .forwards import Pairs, Wanted
 from .guards import kept_state, without_autocast
+from .heads import (
+    Distribution,
+    Head,
+    Sent,
+    bound_to_batch,
+    exact,
+    invalid_labels,
+    invalid_targets,
+    meaningful,
+    picked,
+    require_targets,
+    sampled,
+    slots_of,
+    split,
+)
 from .hooks import hook_owners
 from .layers.survey import Layer
-from .likelihoods import Categorical, Likelihood, exact_scores, sampled_scores
-from .listening import bound_to_batch
+from .likelihoods import Product
 from .options import Batches, Kind, Options
 from .progress import tracked
-from .statistics import Statistics
-from .structures import Fisher, Joint, KroneckerBlock, LayerByLayer
+from .statistics import Statistics, combined
+from .structures import Block, Fisher, Joint, KroneckerBlock, LayerByLayer
 
 logger = logging.getLogger("kfac_cond")
+
+MAX_GROUPS = 8
+"""Groups of label draws that are kept apart, each with its own G, for the error of sampling."""
 
 
 class Pass:
@@ -36,7 +53,7 @@ class Pass:
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        likelihood: Likelihood,
+        likelihood: Distribution,
         kind: Kind,
         samples: int,
         options: Options,
@@ -45,8 +62,12 @@ class Pass:
         self.model, self.layers, self.likelihood, self.stored = model, layers, likelihood, stored
         self.kind, self.samples = kind, samples
         self.data = options.data or Data()
+        # Groups of draws are kept apart for the error of sampling; draws that were handed in are not drawn at all.
+        sampling = kind == "sampled" and options.draws is None
+        self.slots = slots_of(likelihood, draws=samples, groups=min(samples, MAX_GROUPS) if sampling else 1)
         self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
         self.progress = options.progress
+        self.dtype = options.dtype
         self.injected = None if options.draws is None else iter(options.draws)
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
         self.wanted = self._wanted()
@@ -63,14 +84,14 @@ class Pass:
     def _wanted(self) -> Wanted:
         """What the structures ask of the capture, together."""
         if self.kind == "forward_only":
-            return Wanted(frozenset(self.layers), frozenset(), self._take)
+            return Wanted(frozenset(self.layers), frozenset(), self._take, self.dtype)
         moments = frozenset[str]().union(*(one.moments for one in self.stored))
-        return Wanted(moments, frozenset[str]().union(*(one.pairs for one in self.stored)), self._take)
+        return Wanted(moments, frozenset[str]().union(*(one.pairs for one in self.stored)), self._take, self.dtype)
 
-    def _take(self, pairs: Pairs, weight: float) -> None:
+    def _take(self, pairs: Pairs, weight: float, slot: int) -> None:
         for one in self.stored:
             if asked := {name: pair for name, pair in pairs.items() if name in one.pairs}:
-                one.take(asked, weight)
+                one.take(asked, weight, slot)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.call = (args, kwargs, output)
@@ -106,17 +127,19 @@ class Pass:
         with torch.enable_grad():
             output, targets = call_model(self.model, batch)
         args, kwargs, _ = self.call
-        outputs = self.data.pick_outputs(args, kwargs, output)
+        outputs = picked(self.likelihood, self.data, args, kwargs, output)
         labels = self.data.pick_targets(args, kwargs, output) if targets is None else targets
-        if not (self.likelihood.needs_targets or isinstance(self.likelihood, Categorical)):
-            # Labels that mean nothing to p, say the digits of the images that an autoencoder is given.
-            targets = None
-        bound = bound_to_batch(
-            self.likelihood, self.data, outputs, args=args, kwargs=kwargs, output=output, targets=targets
+        heads = bound_to_batch(
+            self.likelihood,
+            self.data,
+            outputs,
+            args=args,
+            kwargs=kwargs,
+            output=output,
+            targets=meaningful(self.likelihood, targets),
         )
-        if bound.needs_targets:
-            raise LikelihoodError(f"{bound!r} needs data labels, and the batch has none: yield (inputs, labels)")
-        found, invalid = self._sums(bound, outputs, batch, labels)
+        require_targets(heads, "yield (inputs, labels)")
+        found, invalid = self._sums(heads, batch, labels)
         self.capture.forget()
         if found is None:
             raise CaptureError(
@@ -126,50 +149,53 @@ class Pass:
         self._check_usable(number, found, invalid)
         return found
 
-    def _sums(
-        self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None
-    ) -> tuple[Statistics | None, Tensor]:
+    def _sums(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Statistics | None, Tensor]:
         """The sums of one batch, and whether some label is out of range."""
         if self.kind == "forward_only":
-            invalid = bound.invalid_targets(outputs)
-            with without_autocast(outputs.device):
+            invalid = invalid_targets(heads)
+            with without_autocast(heads[0].outputs.device):
                 sums = self.capture.inputs()
-                return counted(sums, outputs, bound, invalid) if sums else None, invalid
-        scores, invalid = self._scores(bound, outputs, batch, labels)
-        return gathered(self.capture, outputs, bound, scores, invalid=invalid), invalid
+                return counted(sums, heads, self.slots, invalid) if sums else None, invalid
+        scores, invalid = self._scores(heads, batch, labels)
+        return gathered(self.capture, heads, scores, slots=self.slots, invalid=invalid), invalid
 
-    def _scores(
-        self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None
-    ) -> tuple[Iterator[tuple[Tensor, float]], Tensor]:
-        invalid = bound.invalid_targets(outputs)
+    def _scores(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Iterator[Sent], Tensor]:
+        invalid = invalid_targets(heads)
         if self.kind == "exact":
-            size = leading_dimension(batch)
-            if size is not None and size != bound.examples(outputs):
-                raise LikelihoodError(
-                    f"kind='exact' needs one example per index of dimension 0: the batch has {size}, the outputs have "
-                    f"{bound.examples(outputs)}. Give outputs (N, T, C) with kc.Data(outputs=...)."
-                )
-            return exact_scores(bound, outputs), invalid
+            _require_examples(heads, batch)
+            return exact(heads, self.slots), invalid
         if self.kind == "empirical":
             if labels is None:
                 raise LikelihoodError(
                     "kind='empirical' needs data labels, and the batch has none: yield (inputs, labels)"
                 )
-            invalid = invalid | bound.invalid_labels(outputs, labels)
-            return sampled_scores(bound, outputs, draws=[labels]), invalid
-        if self.injected is None:
-            generators = self.draws.generators(step=0, count=self.samples, device=outputs.device)
-            return sampled_scores(bound, outputs, generators=generators), invalid
+            drawn = [split(self.likelihood, labels, "labels")]
+        elif self.injected is None:
+            return sampled(heads, self.slots, generators=self._generators(heads)), invalid
+        else:
+            drawn = [split(self.likelihood, one, "draws") for one in self._next_draws()]
+        for one in drawn:
+            invalid = invalid | invalid_labels(heads, one)
+        return sampled(heads, self.slots, draws=drawn), invalid
+
+    def _generators(self, heads: Sequence[Head]) -> dict[str, list[torch.Generator | None]]:
+        return {
+            head.name: self.draws.generators(step=0, count=self.samples, device=head.outputs.device, head=index)
+            for index, head in enumerate(heads)
+        }
+
+    def _next_draws(self) -> Sequence[Any]:
+        """The labels handed in for a batch, one entry a draw."""
+        assert self.injected is not None
         drawn = next(self.injected, None)
         if drawn is None:
             raise ArgumentError("Options(draws=...) has fewer entries than the data have batches")
-        if not (isinstance(drawn, Tensor) or are_tensors(drawn)):
+        by_head = isinstance(self.likelihood, Product) and isinstance(drawn, Sequence) and len(drawn) > 0
+        if not (isinstance(drawn, Tensor) or are_tensors(drawn) or by_head):
             raise ArgumentError(
                 f"Options(draws=...) has {described(drawn)} for a batch: expected a list of label tensors, one a draw"
             )
-        for labels in drawn:
-            invalid = invalid | bound.invalid_labels(outputs, labels)
-        return sampled_scores(bound, outputs, draws=drawn), invalid
+        return drawn
 
     def _require_all_drawn(self) -> None:
         """Refuse injected draws of which some are left when the data are over."""
@@ -187,30 +213,45 @@ class Pass:
             f"'{bad[0]}': look for NaN or infinite inputs or weights."
         )
 
-    def fishers(self, total: Statistics, factors: Mapping[str, KroneckerBlock], words: Sequence[str]) -> list[Fisher]:
+    def fishers(self, total: Statistics, words: Sequence[str]) -> list[Fisher]:
         """The sums divided, in each of the structures."""
+        counts = self._counts(total)
+        everything = self._blocks(total, None)
+        # Group by group: what the draws of each alone give.
+        groups = [
+            (self.slots.share(group), self._blocks(total, group))
+            for group in range(self.slots.groups if self.slots.groups > 1 else 0)
+        ]
         fishers = []
-        for word, one in zip(words, self.stored, strict=True):
-            counts: dict[str, Any] = {"examples": total.examples, "terms": total.divisor}
-            if word == "kfac" and not total.divisor.is_meta:
-                # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
-                counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
-            known = self.kind == "forward_only"
-            blocks = one.of_kronecker(factors) if known else one.blocks(factors, total.divisor)
+        for index, word in enumerate(words):
             meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": word, "samples": self.samples}
             if self.kind in ("empirical", "forward_only"):
                 meta["note"] = "not the conditional Fisher"
-            fishers.append(Fisher(blocks, meta={**meta, "counts": counts}))
+            # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
+            own = {key: value for key, value in counts.items() if key != "positions" or word == "kfac"}
+            of_groups = [(share, blocks[index]) for share, blocks in groups]
+            fishers.append(Fisher(everything[index], meta={**meta, "counts": own}, groups=of_groups))
         return fishers
 
-    def factors(self, total: Statistics) -> dict[str, KroneckerBlock]:
-        """G (x) A of the layers that took part and whose moments were asked for."""
-        missing = [name for name in self.layers if name not in total.layers]
-        if missing:
-            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
-        if not total.divisor.is_meta and not bool(total.divisor > 0):
-            raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
+    def _counts(self, total: Statistics) -> dict[str, Any]:
+        terms = dict(zip(self.slots.names, total.divisor.unbind(), strict=True))
+        counts: dict[str, Any] = {"examples": total.examples, "terms": terms.get("", terms)}
+        if not total.divisor.is_meta:
+            counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
+        return counts
+
+    def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:
+        """The blocks of each structure, of all draws or of one group of them."""
+        factors = self.factors(total, group)
+        if self.kind == "forward_only":
+            return [one.of_kronecker(factors) for one in self.stored]
+        scales = self.slots.scales(total.divisor, group)
+        return [one.blocks(factors, scales) for one in self.stored]
+
+    def factors(self, total: Statistics, group: int | None = None) -> dict[str, KroneckerBlock]:
+        """G (x) A of the layers that took part and whose moments were asked for; with ``group`` of its draws alone."""
         factors = {}
+        scales = self.slots.scales(total.divisor, group)
         for name, layer in self.layers.items():
             sums = total.layers.get(name)
             if sums is None or name not in self.wanted.moments:
@@ -220,9 +261,33 @@ class Pass:
                 G = torch.eye(layer.layout.d_out, dtype=A.dtype, device=A.device)
                 G = G.expand(*layer.layout.matrix_shape[:-2], *G.shape).contiguous()
             else:
-                G = sums.G / total.divisor.to(sums.G.device)
+                G = combined(sums.G, scales)
             factors[name] = KroneckerBlock(layer.layout, A, G, name=name)
         return factors
+
+    def check_complete(self, total: Statistics) -> None:
+        """Name the layers that never took part, and refuse data in which a head has no valid term."""
+        missing = [name for name in self.layers if name not in total.layers]
+        if missing:
+            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
+        if total.divisor.is_meta:
+            return
+        barren = [name for name, M in zip(self.slots.names, total.divisor.tolist(), strict=True) if not M > 0]
+        if barren:
+            where = f" of head '{barren[0]}'" if barren[0] else ""
+            raise ArgumentError(f"the data have no valid loss term{where} (M = 0): every label is masked or ignored")
+
+
+def _require_examples(heads: Sequence[Head], batch: Any) -> None:
+    """Refuse 'exact' where dimension 0 of the outputs does not count the batch's examples."""
+    size = leading_dimension(batch)
+    for head in heads:
+        found = head.likelihood.examples(head.outputs)
+        if size is not None and size != found:
+            raise LikelihoodError(
+                f"kind='exact' needs one example per index of dimension 0: the batch has {size}, the outputs have "
+                f"{found}. Give outputs (N, T, C) with kc.Data(outputs=...)."
+            )
 
 
 def checked_batches(data: Any) -> Iterable[Any]:

@@ -20,15 +20,19 @@ from .distributed import StaticGraph, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
 from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .guards import without_autocast
+from .heads import Distribution
 from .health import Health
 from .intake import Intake
 from .layers.survey import Layer
-from .likelihoods import Likelihood
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
 from .trust_region import LayerUpdate, TrustRegion, as_trust_region
 from .wrapping import covering, refuse_wrapped, require_unchanged
+
+Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
+"""One tensor; for a ``kc.Product`` a mapping by head, or whatever the model returns them in."""
+Draws = Outputs | Sequence[Outputs]
 
 
 class KFAC:
@@ -73,7 +77,7 @@ class KFAC:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | nn.Module,
+        likelihood: Distribution | str | nn.Module,
         *,
         damping: float | Callable[[int], float] | Damping = 1e-2,
         schedule: Schedule | None = None,
@@ -98,7 +102,6 @@ class KFAC:
         self._unused: set[str] = set()
         self._inverses: dict[str, Block] = {}
         self._static_graph = StaticGraph(model)
-        self._average = MovingAverage(self.layers)
         self._health = Health(self.layers, patience=self.schedule.patience)
         self._intake = Intake(
             model,
@@ -110,6 +113,7 @@ class KFAC:
             step=lambda: self._clock.at_most,
         )
         self._intake.watch(self.layers)
+        self._average = MovingAverage(self.layers, self._intake.slots.weights)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -192,18 +196,16 @@ class KFAC:
         self._attachments.add(*optimizers)
         self._intake.start()
 
-    def update(
-        self, outputs: Tensor, *, targets: Tensor | None = None, draws: Tensor | Sequence[Tensor] | None = None
-    ) -> None:
+    def update(self, outputs: Outputs, *, targets: Outputs | None = None, draws: Draws | None = None) -> None:
         """Capture the factors of the forward that gave ``outputs``; call it before ``loss.backward()``.
 
         Once called it is the only source: the criterion or the forward is no longer listened to. Where no factors are
         due it does nothing.
 
         Args:
-            outputs: what parametrises p, of the model's forward, with its graph.
+            outputs: what parametrises p, of the model's forward, with its graph; a tensor, or by head for a product.
             targets: the batch's data labels; they serve masks and class weights alone, never as the labels drawn.
-            draws: labels in place of the sampled ones: one tensor, or one for each draw.
+            draws: labels in place of the sampled ones: those of one draw, or a list with those of each.
 
         Raises:
             ArgumentError: one of them is no tensor.
@@ -276,6 +278,7 @@ class KFAC:
             health=self._health,
             gathered=self._intake.gathered,
             draws=self._intake.draws,
+            slots=self._intake.slots,
             step=self.step,
         )
 
@@ -285,7 +288,7 @@ class KFAC:
         Raises:
             StateError: another format, other layers or other shapes; nothing is changed then.
         """
-        loaded = state.load(saved, self.layers, patience=self.schedule.patience)
+        loaded = state.load(saved, self.layers, slots=self._intake.slots, patience=self.schedule.patience)
         self._average, self._inverses = loaded.average, loaded.inverses
         self._health = loaded.health
         self._clock = Clock(self.schedule, loaded.step)

@@ -17,11 +17,11 @@ from .draws import Draws
 from .errors import StateError
 from .health import Flags, Health
 from .layers.survey import Layer
-from .statistics import LayerSums, MovingAverage, Statistics, count_dtype, statistic_dtype
+from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
-VERSION = 1
+VERSION = 2
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
@@ -52,6 +52,7 @@ def save(
     health: Health,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
+    slots: Slots,
     step: int,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
@@ -61,6 +62,7 @@ def save(
         "step": step,
         "seed": draws.seed,
         "draws": draws.state(),
+        "heads": list(slots.names),
         "health": health.state(),
         "gathered": None if gathered is None else _gathered_state(*gathered),
         "layers": {
@@ -75,7 +77,7 @@ def save(
     }
 
 
-def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, patience: int) -> Loaded:
+def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int) -> Loaded:
     """Check a state against the layers of a model and bring it to their devices; changes nothing.
 
     Raises:
@@ -83,11 +85,12 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, patience: int
     """
     _check_format(saved)
     _check_names(saved["layers"], layers)
-    average = MovingAverage(layers)
+    _check_heads(saved, slots)
+    average = MovingAverage(layers, slots.weights)
     inverses: dict[str, Block] = {}
     for name, layer in layers.items():
         entry = _layer_entry(name, layer, saved["layers"][name])
-        average.load_layer(name, _placed(name, layer, _whole_average(name, entry["average"])))
+        average.load_layer(name, _placed(name, layer, _whole_average(name, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
     health = Health(layers, patience=patience)
@@ -95,7 +98,7 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, patience: int
         health.load_state(saved["health"])
         step, draws = int(saved["step"]), Draws(int(saved["seed"]))
         draws.load_state(saved["draws"])
-        gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"])
+        gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"], slots)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
     return Loaded(average, inverses, health, gathered, draws, step)
@@ -108,7 +111,6 @@ def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
             name: {"A": sums.A, "A_count": sums.A_count, "G": sums.G} for name, sums in statistics.layers.items()
         },
         "divisor": statistics.divisor,
-        "adds": statistics.adds,
         "examples": statistics.examples,
         "finite": statistics.finite,
         "nonfinite": dict(statistics.nonfinite),
@@ -117,8 +119,8 @@ def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
     }
 
 
-def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any]) -> tuple[Statistics, Flags]:
-    sums = {name: LayerSums(**_placed(name, layers[name], parts)) for name, parts in entry["layers"].items()}
+def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slots: Slots) -> tuple[Statistics, Flags]:
+    sums = {name: LayerSums(**_placed(name, layers[name], parts, slots)) for name, parts in entry["layers"].items()}
     device = next((one.A.device for one in sums.values()), torch.device("cpu"))
 
     def here(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +129,7 @@ def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any]) -> t
     statistics = Statistics(
         sums,
         entry["divisor"].to(device),
-        bool(entry["adds"]),
+        slots,
         int(entry["examples"]),
         entry["finite"].to(device),
         here(entry["nonfinite"]),
@@ -147,11 +149,19 @@ def _check_format(saved: object) -> None:
         raise StateError(f"this is not a KFAC state: found {found}, expected what KFAC.state_dict() returns")
     if saved.get("version") != VERSION:
         raise StateError(f"a KFAC state of version {saved.get('version')!r}; this library reads version {VERSION}")
-    missing = {"step", "seed", "draws", "health", "gathered", "layers"} - set(saved)
+    missing = {"step", "seed", "draws", "heads", "health", "gathered", "layers"} - set(saved)
     if missing:
         raise StateError(f"a KFAC state without {sorted(missing)}: the file is incomplete")
     if not isinstance(saved["layers"], Mapping):
         raise StateError(f"a KFAC state whose layers are {type(saved['layers']).__name__}: the file is damaged")
+
+
+def _check_heads(saved: Mapping[str, Any], slots: Slots) -> None:
+    if tuple(saved["heads"]) != slots.names:
+        raise StateError(
+            f"the state has the heads {list(saved['heads'])}, the likelihood {list(slots.names)}: pass the likelihood "
+            f"that was saved"
+        )
 
 
 def _check_names(saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
@@ -203,18 +213,22 @@ def _loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
     )
 
 
-def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors where the layer is, in the dtype of its statistics, after a look at their shapes."""
+def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots | None = None) -> dict[str, Tensor]:
+    """The tensors where the layer is, in the dtype of its statistics, after a look at their shapes.
+
+    With ``slots`` G is that of sums and averages, which has a slot for each head.
+    """
+    heads = () if slots is None else (len(slots),)
     device, dtype = layer.weight.device, statistic_dtype(layer.weight.dtype)
     *groups, d_out, d_in = layer.layout.matrix_shape
     shapes = {
         "A": (*groups, d_in, d_in),
-        "G": (*groups, d_out, d_out),
+        "G": (*heads, *groups, d_out, d_out),
         "basis_A": (*groups, d_in, d_in),
         "basis_G": (*groups, d_out, d_out),
         "values": layer.layout.matrix_shape,
         "A_weight": (),
-        "G_weight": (),
+        "G_weight": heads,
         "A_count": (),
     }
     placed = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,6 +21,66 @@ def count_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@dataclass(frozen=True)
+class Slots:
+    """What is summed apart and made one where it is divided: a slot for each head and each group of label draws.
+
+    F = sum_h (w_h / M_h) S_h. M_h / M_h' may differ from batch to batch, so that sums of different heads cannot be
+    added before the end; and the spread between groups of draws is what ``Fisher.sampling_error`` is made of.
+
+    Args:
+        weights: w_h, the loss weight of each head.
+        adds: whether M_h of two pieces of data is the sum of theirs ('mean'), or stays ('sum': M = 1).
+        draws: number of label draws.
+        groups: how many groups they are dealt to in turn, at most ``draws``.
+        names: of the heads.
+    """
+
+    weights: tuple[float, ...] = (1.0,)
+    adds: tuple[bool, ...] = (True,)
+    draws: int = 1
+    groups: int = 1
+    names: tuple[str, ...] = ("",)
+
+    def __len__(self) -> int:
+        return len(self.weights) * self.groups
+
+    def index(self, head: int, draw: int) -> int:
+        """The slot of a head and a draw."""
+        return head * self.groups + draw % self.groups
+
+    def share(self, group: int) -> float:
+        """The part of all draws that is in a group."""
+        return len(range(group, self.draws, self.groups)) / self.draws
+
+    def scales(self, divisor: Tensor, group: int | None = None) -> dict[int, Tensor]:
+        """What each slot's sum is multiplied by in F, 0-d; with ``group`` in the estimate of that group of draws alone.
+
+        Args:
+            divisor: M_h, [heads].
+        """
+        groups = range(self.groups) if group is None else (group,)
+        share = 1.0 if group is None else self.share(group)
+        return {
+            self.index(head, of): weight / share / torch.where(M > 0, M, 1)
+            for head, (weight, M) in enumerate(zip(self.weights, divisor.unbind(), strict=True))
+            for of in groups
+        }
+
+    def added(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        """M_h of two pieces of data together, [heads]."""
+        if all(self.adds):
+            return mine + theirs
+        pairs = zip(self.adds, mine.unbind(), theirs.unbind(), strict=True)
+        return torch.stack([a + b if adds else torch.maximum(a, b) for adds, a, b in pairs])
+
+
+def combined(sums: Tensor | Mapping[int, Tensor], scales: Mapping[int, Tensor]) -> Tensor:
+    """The sums of all slots, each times its scale, as one; a slot that nothing was added to may be absent."""
+    present = scales if isinstance(sums, Tensor) else [slot for slot in scales if slot in sums]
+    return reduce(torch.add, [sums[slot] * scales[slot].to(sums[slot]) for slot in present])
+
+
 @dataclass
 class LayerSums:
     """One layer's sums over some data.
@@ -27,7 +88,7 @@ class LayerSums:
     Args:
         A: sum of a a^T over valid positions, [..., d_in, d_in].
         A_count: number of terms of that sum, 0-d.
-        G: sum of g g^T, averaged over label draws, [..., d_out, d_out].
+        G: sum of g g^T of each slot, averaged over label draws, [slots, ..., d_out, d_out].
     """
 
     A: Tensor
@@ -41,15 +102,15 @@ class Statistics:
 
     Args:
         layers: the layers used, by name; one that was not used adds nothing and is absent.
-        divisor: M, 0-d: what the mean loss over this data divides by.
-        adds: whether M of two pieces of data is the sum of theirs ('mean'), or stays ('sum': M = 1).
+        divisor: M of each head, [heads]: what its mean loss over this data divides by.
+        slots: what is summed apart.
         examples: number of examples N.
         finite: 0-d bool: every sum is finite and every label was in range.
     """
 
     layers: dict[str, LayerSums]
     divisor: Tensor
-    adds: bool
+    slots: Slots
     examples: int
     finite: Tensor
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
@@ -63,12 +124,11 @@ class Statistics:
         layers = dict(mine.layers)
         for name, sums in theirs.layers.items():
             layers[name] = _added(layers[name], sums) if name in layers else sums
-        divisor = mine.divisor + theirs.divisor if self.adds else torch.maximum(mine.divisor, theirs.divisor)
         flags = {name: flag | self.nonfinite.get(name, flag) for name, flag in other.nonfinite.items()}
         return Statistics(
             layers,
-            divisor,
-            self.adds,
+            self.slots.added(mine.divisor, theirs.divisor),
+            self.slots,
             self.examples + other.examples,
             self.finite | other.finite,
             self.nonfinite | flags,
@@ -81,7 +141,7 @@ class Statistics:
             return torch.where(self.finite.to(x.device), x, 0)
 
         layers = {name: LayerSums(keep(sums.A), keep(sums.A_count), keep(sums.G)) for name, sums in self.layers.items()}
-        return Statistics(layers, keep(self.divisor), self.adds, self.examples, self.finite)
+        return Statistics(layers, keep(self.divisor), self.slots, self.examples, self.finite)
 
 
 def _added(mine: LayerSums, theirs: LayerSums) -> LayerSums:
@@ -106,11 +166,17 @@ class MovingAverage:
 
     Numerators and weights start at zero. The weight of A is the layer's own, since a layer that is not used skips its
     A; G takes part in every capture, with zero where the layer was not used, since the loss divides by M all the same.
+    Each head has an average of G of its own, [heads, ..., d_out, d_out], and a weight of it, [heads].
 
     Everything is decided on the device: a capture that is not finite, or has M = 0, changes nothing.
+
+    Args:
+        names: the layers.
+        weights: w_h of each head.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], weights: tuple[float, ...] = (1.0,)) -> None:
+        self.weights = weights
         self.A: dict[str, Tensor] = {}
         self.G: dict[str, Tensor] = {}
         self.A_weight: dict[str, Tensor] = {}
@@ -122,18 +188,19 @@ class MovingAverage:
         for name, weight in self.G_weight.items():
             sums = statistics.layers.get(name)
             if sums is not None:
-                used = usable.to(sums.A.device) & (sums.A_count > 0)
-                before = self._like(self.A, name, sums.A), self._weight(self.A_weight.get(name), sums.A.device)
+                used = usable.any().to(sums.A.device) & (sums.A_count > 0)
+                before = self._like(self.A, name, sums.A), self._weight(self.A_weight.get(name), sums.A_count)
                 self.A[name], self.A_weight[name] = _blended(before, sums.A / sums.A_count, used, decay)
             gradient = None if sums is None else sums.G
             if gradient is None:
+                # Without a shape yet, it is the weight alone that counts.
                 gradient = (
                     torch.zeros_like(self.G[name]) if name in self.G else usable.new_zeros((), dtype=torch.float32)
                 )
-            before = self._like(self.G, name, gradient), self._weight(weight, gradient.device)
-            used, divisor = usable.to(gradient.device), statistics.divisor.to(gradient.device)
-            average, self.G_weight[name] = _blended(before, gradient / divisor, used, decay)
-            if average.ndim:
+            before = self._like(self.G, name, gradient), self._weight(weight, usable.to(gradient.device))
+            M = _wide(statistics.divisor.to(gradient.device, gradient.dtype), gradient)
+            average, self.G_weight[name] = _blended(before, gradient / M, usable.to(gradient.device), decay)
+            if gradient.ndim:
                 self.G[name] = average
 
     @staticmethod
@@ -142,20 +209,21 @@ class MovingAverage:
         return store[name].to(new) if name in store else torch.zeros_like(new)
 
     @staticmethod
-    def _weight(weight: Tensor | None, device: torch.device) -> Tensor:
+    def _weight(weight: Tensor | None, like: Tensor) -> Tensor:
         if weight is None:
-            return torch.zeros((), dtype=count_dtype(device), device=device)
-        return weight.to(device)
+            return torch.zeros(like.shape, dtype=count_dtype(like.device), device=like.device)
+        return weight.to(like.device)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, G) of a layer; zeros where nothing usable has come in yet."""
         G_weight = self.G_weight[name]
         assert G_weight is not None
-        return _divided(self.A[name], self.A_weight[name]), _divided(self.G[name], G_weight)
+        scales = {head: weight / M for head, (weight, M) in enumerate(zip(self.weights, _whole(G_weight), strict=True))}
+        return self.A[name] / _whole(self.A_weight[name]).to(self.A[name].dtype), combined(self.G[name], scales)
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> MovingAverage:
         """The same averages for these layers, starting anew for those in ``without`` and for new ones."""
-        fresh = MovingAverage(names)
+        fresh = MovingAverage(names, self.weights)
         for name in fresh.G_weight.keys() - set(without):
             fresh.G_weight[name] = self.G_weight.get(name)
             for mine, theirs in ((fresh.A, self.A), (fresh.G, self.G), (fresh.A_weight, self.A_weight)):
@@ -196,8 +264,15 @@ class MovingAverage:
 def _blended(before: tuple[Tensor, Tensor], new: Tensor, used: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """(rho x + new, rho w + 1) where ``used``, else as before (0 times NaN would not be zero: hence where)."""
     x, weight = before
-    return torch.where(used, x * decay + new.to(x.dtype), x), torch.where(used, weight * decay + 1, weight)
+    blended = torch.where(_wide(used, x), x * decay + new.to(x.dtype), x)
+    return blended, torch.where(used, weight * decay + 1, weight)
 
 
-def _divided(x: Tensor, weight: Tensor) -> Tensor:
-    return x / torch.where(weight > 0, weight, 1).to(x.dtype)
+def _wide(numbers: Tensor, like: Tensor) -> Tensor:
+    """A number a head made broadcastable to tensors of heads; a 0-d one stays so."""
+    return numbers.reshape(*numbers.shape, *[1] * (like.ndim - 1)) if numbers.ndim else numbers
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight to divide by: 1 where nothing came in."""
+    return torch.where(weight > 0, weight, 1)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_cond.statistics import LayerSums, MovingAverage, Statistics, all_finite, check_finite, statistic_dtype
+from kfac_cond.statistics import (
+    LayerSums,
+    MovingAverage,
+    Slots,
+    Statistics,
+    all_finite,
+    check_finite,
+    combined,
+    statistic_dtype,
+)
 
 from .reference import assert_same
 
@@ -16,10 +25,11 @@ from .reference import assert_same
 def piece(value: float, *, M: float = 2.0, count: int = 4, adds: bool = True, names: str = "ab") -> Statistics:
     """Sums of one capture in which every layer has A = value * count and G = 10 value."""
     layers = {
-        name: LayerSums(torch.eye(2) * value * count, torch.tensor(count), torch.eye(3) * 10 * value) for name in names
+        name: LayerSums(torch.eye(2) * value * count, torch.tensor(count), torch.eye(3)[None] * 10 * value)
+        for name in names
     }
     finite, nonfinite = check_finite(layers)
-    return Statistics(layers, torch.tensor(M), adds, 5, finite, nonfinite)
+    return Statistics(layers, torch.tensor([M]), Slots(adds=(adds,)), 5, finite, nonfinite)
 
 
 def averaged(*pieces: Statistics, decay: float = 0.9, names: str = "ab") -> MovingAverage:
@@ -48,7 +58,7 @@ def test_statistics_have_float32_at_least(dtype, expected):
 def test_merging_adds_sums_and_counts():
     merged = piece(1.0).merged(piece(3.0, M=5.0, count=1))
     assert_same(merged.layers["a"].A, torch.eye(2) * (4.0 + 3.0))
-    assert_same(merged.layers["a"].G, torch.eye(3) * 40.0)
+    assert_same(merged.layers["a"].G, torch.eye(3)[None] * 40.0)
     assert (merged.layers["a"].A_count, merged.divisor, merged.examples) == (5, 7.0, 10)
 
 
@@ -61,7 +71,7 @@ def test_merging_keeps_layers_that_one_piece_lacks(flip):
     pieces = [piece(1.0, names="a"), piece(3.0, names="b")]
     merged = pieces[flip].merged(pieces[not flip])
     assert set(merged.layers) == {"a", "b"}
-    assert_same(merged.layers["b"].G, torch.eye(3) * 30.0)
+    assert_same(merged.layers["b"].G, torch.eye(3)[None] * 30.0)
     assert merged.divisor == 4.0
 
 
@@ -90,6 +100,46 @@ def test_merging_is_associative(values):
     assert left.divisor == right.divisor
 
 
+# -- heads and groups of draws ----------------------------------------------------------------------------------------
+
+
+def two_heads(M: list[float], values: list[float]) -> Statistics:
+    """A capture of two heads with weights 1 and 3, the second of a loss that is a sum; G = value of each head."""
+    G = torch.stack([torch.eye(3) * value for value in values])
+    layers = {"a": LayerSums(torch.eye(2), torch.tensor(1), G)}
+    slots = Slots((1.0, 3.0), (True, False), names=("x", "y"))
+    return Statistics(layers, torch.tensor(M), slots, 5, *check_finite(layers))
+
+
+def test_each_head_is_divided_by_its_own_M():
+    merged = two_heads([2.0, 1.0], [4.0, 5.0]).merged(two_heads([6.0, 1.0], [8.0, 7.0]))
+    assert merged.divisor.tolist() == [8.0, 1.0]
+    assert_same(combined(merged.layers["a"].G, merged.slots.scales(merged.divisor)), torch.eye(3) * (12 / 8 + 3 * 12))
+
+
+def test_each_head_has_an_average_of_its_own():
+    """A capture without a valid term of one head is no zero of it."""
+    average = MovingAverage("a", (1.0, 3.0))
+    for one in (two_heads([2.0, 1.0], [4.0, 5.0]), two_heads([0.0, 1.0], [0.0, 7.0])):
+        average.update(one, decay=0.5)
+    assert_same(average.factors("a")[1], torch.eye(3) * (2.0 + 3 * (0.5 * 5 + 7) / 1.5))
+
+
+@pytest.mark.parametrize(("draws", "groups"), [(2, 2), (5, 3), (8, 8), (11, 4)])
+def test_groups_of_draws_are_estimates_whose_mean_is_that_of_all(draws, groups):
+    slots, M = Slots((1.0, 2.0), (True, True), draws=draws, groups=groups), torch.tensor([3.0, 7.0])
+    numbers = torch.arange(1.0, 2 * draws + 1).reshape(2, draws) ** 2
+    sums = torch.zeros(len(slots))
+    for head in range(2):
+        for draw in range(draws):
+            sums[slots.index(head, draw)] += numbers[head, draw] / draws
+    whole = combined(sums, slots.scales(M))
+    assert_same(whole, numbers[0].mean() / 3 + 2 * numbers[1].mean() / 7)
+    parts = [combined(sums, slots.scales(M, group)) for group in range(groups)]
+    assert_same(parts[1], numbers[0, 1::groups].mean() / 3 + 2 * numbers[1, 1::groups].mean() / 7)
+    assert_same(sum(slots.share(group) * part for group, part in enumerate(parts)), whole)
+
+
 # -- finiteness -------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +147,7 @@ def test_merging_is_associative(values):
 @pytest.mark.parametrize("where", ["A", "G"])
 def test_a_layer_with_one_bad_entry_is_found(where, bad):
     one = piece(1.0)
-    getattr(one.layers["b"], where)[0, 1] = bad
+    getattr(one.layers["b"], where)[..., 0, 1] = bad
     finite, nonfinite = check_finite(one.layers)
     assert not finite
     assert (bool(nonfinite["a"]), bool(nonfinite["b"])) == (False, True)
@@ -200,6 +250,6 @@ def test_on_the_meta_device_it_runs():
 
     one = piece(1.0)
     layers = {name: LayerSums(meta(s.A), meta(s.A_count), meta(s.G)) for name, s in one.layers.items()}
-    statistics = Statistics(layers, meta(one.divisor), True, 5, *check_finite(layers))
+    statistics = Statistics(layers, meta(one.divisor), Slots(), 5, *check_finite(layers))
     average = averaged(statistics, statistics.merged(statistics))
     assert average.factors("a")[0].is_meta

@@ -11,6 +11,7 @@ from .elementwise import Elementwise
 from .expectation import exact_scores, sampled_scores
 from .gaussian import Gaussian
 from .ordinal import Ordinal
+from .product import Product
 from .tempered import Tempered
 from .vectors import HeteroscedasticGaussian, Multinomial, MultivariateGaussian
 from .vectorwise import Vectorwise
@@ -33,6 +34,7 @@ __all__ = [
     "NegativeBinomial",
     "Ordinal",
     "Poisson",
+    "Product",
     "Tempered",
     "Vectorwise",
     "VonMises",

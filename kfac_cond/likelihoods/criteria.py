@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from .categorical import TORCH_IGNORE_INDEX, Categorical
 from .continuous import Laplace
 from .counts import Poisson
 from .gaussian import Gaussian
+from .product import Product
 
 _NAMES: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
@@ -78,7 +79,15 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 }
 
 
-def as_likelihood(obj: object, *, heard: bool = False) -> Likelihood:
+@overload
+def as_likelihood(obj: Likelihood | str | nn.Module, *, heard: bool = False) -> Likelihood: ...
+
+
+@overload
+def as_likelihood(obj: object, *, heard: bool = False) -> Likelihood | Product: ...
+
+
+def as_likelihood(obj: object, *, heard: bool = False) -> Likelihood | Product:
     """The likelihood that a user's argument means.
 
     Args:
@@ -88,7 +97,7 @@ def as_likelihood(obj: object, *, heard: bool = False) -> Likelihood:
     Raises:
         LikelihoodError: anything else, with what to pass instead.
     """
-    if isinstance(obj, Likelihood):
+    if isinstance(obj, Likelihood | Product):
         return obj
     if isinstance(obj, str):
         if obj not in _NAMES:

@@ -20,6 +20,7 @@ from ..layers.layout import JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
 from ..linalg.moments import trace
 from ..linalg.pairs import example_rows, input_moment, squared_gradients
+from ..statistics import combined
 from .base import Block, require_dense
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
@@ -30,6 +31,10 @@ logger = logging.getLogger("kfac_cond")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """(a, g) by layer name."""
+Sums = dict[int, Tensor]
+"""A sum by slot, divided by nothing yet: see ``Slots`` in statistics."""
+Scales = Mapping[int, Tensor]
+"""By slot, what its sum is multiplied by in F, 0-d."""
 
 
 class Collector(ABC):
@@ -49,12 +54,19 @@ class Collector(ABC):
         self.layout, self.name = layout, name
 
     @abstractmethod
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        """Take in one batch and draw; ``weight`` is that of the draw. Called where ``pairs`` asks for them."""
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
+        """Take in one batch and score, with its weight and its slot. Called where ``pairs`` asks for them."""
 
     @abstractmethod
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
-        """The block, from G (x) A where ``moments`` asks for them, and M; None where nothing came in."""
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
+        """The block, from G (x) A where ``moments`` asks for them; None where nothing came in.
+
+        Asked for more than once: of all slots, and of those of each group of draws.
+
+        Args:
+            factors: G (x) A of the same slots.
+            scales: by slot, what its sum is multiplied by.
+        """
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         """A Kronecker block in this storage: what is left to store where F is known to be one."""
@@ -67,24 +79,33 @@ class KroneckerCollector(Collector):
     moments = True
     pairs = False
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
         pass
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         return factors
 
 
 class SummedCollector(Collector):
     """One sum over examples, of a function of their pairs."""
 
-    sum: Tensor | None = None
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
+        self.sums: Sums = {}
 
     @abstractmethod
     def summand(self, a: Tensor, g: Tensor) -> Tensor:
-        """What one batch and draw adds."""
+        """What one batch and score adds."""
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self.sum = added(self.sum, self.summand(a, g), weight)
+    @abstractmethod
+    def stored(self, matrix: Tensor) -> Block:
+        """The block, from the sum as it is in F."""
+
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
+        add_to(self.sums, slot, self.summand(a, g), weight)
+
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
+        return self.stored(combined(self.sums, scales)) if self.sums else None
 
 
 class DiagonalCollector(SummedCollector):
@@ -93,13 +114,11 @@ class DiagonalCollector(SummedCollector):
     def summand(self, a: Tensor, g: Tensor) -> Tensor:
         return squared_gradients(a, g)
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
-        return (
-            None if self.sum is None else DiagonalBlock(self.layout, self.sum / divisor.to(self.sum.device), self.name)
-        )
+    def stored(self, matrix: Tensor) -> Block:
+        return DiagonalBlock(self.layout, matrix, self.name)
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
-        return DiagonalBlock(self.layout, block.diagonal(), self.name)
+        return self.stored(block.diagonal())
 
 
 class DenseCollector(SummedCollector):
@@ -113,11 +132,11 @@ class DenseCollector(SummedCollector):
         rows = example_rows(a, g)
         return rows.mT @ rows
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
-        return None if self.sum is None else DenseBlock(self.layout, self.sum / divisor.to(self.sum.device), self.name)
+    def stored(self, matrix: Tensor) -> Block:
+        return DenseBlock(self.layout, matrix, self.name)
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
-        return DenseBlock(self.layout, block.to_dense(), self.name)
+        return self.stored(block.to_dense())
 
 
 class TraceRestrictedCollector(Collector):
@@ -126,19 +145,21 @@ class TraceRestrictedCollector(Collector):
     Source: Gao et al. 2020 (arXiv:2011.10741), with an example's positions summed before anything is squared.
     """
 
-    R: Tensor | None = None
-    C: Tensor | None = None
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
+        self.R: Sums = {}
+        self.C: Sums = {}
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self.R = added(self.R, input_moment(g, a), weight)
-        self.C = added(self.C, input_moment(a, g), weight)
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
+        add_to(self.R, slot, input_moment(g, a), weight)
+        add_to(self.C, slot, input_moment(a, g), weight)
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
-        if self.R is None or self.C is None:
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
+        if not self.R:
             return None
-        total = trace(self.C)[..., None, None]
-        A = self.C / torch.where(total > 0, total, 1)
-        return KroneckerBlock(self.layout, A, self.R / divisor.to(self.R.device), self.name)
+        R, C = combined(self.R, scales), combined(self.C, scales)
+        total = trace(C)[..., None, None]
+        return KroneckerBlock(self.layout, C / torch.where(total > 0, total, 1), R, self.name)
 
 
 class KeepingCollector(Collector):
@@ -149,18 +170,18 @@ class KeepingCollector(Collector):
 
     def __init__(self, layout: WeightLayout, name: str) -> None:
         super().__init__(layout, name)
-        self.kept: list[tuple[Tensor, Tensor, float]] = []
+        self.kept: list[tuple[Tensor, Tensor, float, int]] = []
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self.kept.append((a, g, weight))
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
+        self.kept.append((a, g, weight, slot))
 
-    def total(self, summand: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The sum of a function of the pairs."""
-        sums: Tensor | None = None
-        for a, g, weight in self.kept:
-            sums = added(sums, summand(a, g), weight)
-        assert sums is not None
-        return sums
+    def total(self, summand: Callable[[Tensor, Tensor], Tensor], scales: Scales) -> Tensor:
+        """A function of the pairs as it is in F."""
+        sums: Sums = {}
+        for a, g, weight, slot in self.kept:
+            if slot in scales:
+                add_to(sums, slot, summand(a, g), weight)
+        return combined(sums, scales)
 
 
 class EigenCollector(KeepingCollector):
@@ -173,33 +194,36 @@ class EigenCollector(KeepingCollector):
 
     moments = True
     basis: EigenBlock | None = None
-    sum: Tensor | None = None
+
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
+        self.sums: Sums = {}
 
     def look_again(self, factors: KroneckerBlock) -> None:
         """Take the eigenbasis that the eigenvalues are estimated in."""
         self.basis = factors.eigen()
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
+    def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
         if self.basis is None:
-            super().add(a, g, weight)
+            super().add(a, g, weight, slot)
             return
         # U_G^T V U_A is the weight gradient of the rotated pairs.
         rotated = [
             einsum(x, basis, "... n s d, ... d e -> ... n s e")
             for x, basis in ((a, self.basis.basis_A), (g, self.basis.basis_G))
         ]
-        self.sum = added(self.sum, squared_gradients(*rotated), weight)
+        add_to(self.sums, slot, squared_gradients(*rotated), weight)
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if factors is None:
             return None
         if self.basis is None:
             self.look_again(factors)
-            for a, g, weight in self.kept:
-                self.add(a, g, weight)
-        if self.sum is None or self.basis is None:
+            while self.kept:
+                self.add(*self.kept.pop(0))
+        if not self.sums or self.basis is None:
             return None
-        return self.basis.with_values(self.sum / divisor.to(self.sum.device))
+        return self.basis.with_values(combined(self.sums, scales))
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return block.eigen()
@@ -217,16 +241,22 @@ class NearestCollector(KeepingCollector):
     #: Iterations at most, and the relative change of A at which it stops before, in multiples of round-off.
     iterations: ClassVar[int] = 500
     tolerance: ClassVar[float] = 16.0
+    #: A of all slots, from which that of a group of draws is one iteration away.
+    found: Tensor | None = None
 
-    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
+    def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if not self.kept:
             return None
+        A = self._nearest(scales) if self.found is None else self._next(self.found, scales)
+        self.found = A if self.found is None else self.found
+        return KroneckerBlock(self.layout, A, self._output_moment(A, scales), self.name)
+
+    def _nearest(self, scales: Scales) -> Tensor:
         # The first half step, from G = I, gives the trace-restricted A; the scale is in G alone, by the last half step.
-        A = before = _unit(self.total(input_moment))
+        A = before = _unit(self.total(input_moment, scales))
         round_off = self.tolerance * torch.finfo(A.dtype).eps
         for _ in range(self.iterations):
-            G = _unit(self._output_moment(A))
-            before, A = A, _unit(self.total(partial(input_moment, weight=G)))
+            before, A = A, self._next(A, scales)
             if bool((torch.linalg.matrix_norm(A - before) <= round_off).all()):
                 break
         else:
@@ -237,11 +267,16 @@ class NearestCollector(KeepingCollector):
                 torch.linalg.matrix_norm(A - before).max(),
                 self.iterations,
             )
-        return KroneckerBlock(self.layout, A, self._output_moment(A) / divisor, self.name)
+        return A
 
-    def _output_moment(self, A: Tensor) -> Tensor:
+    def _next(self, A: Tensor, scales: Scales) -> Tensor:
+        """A after one iteration."""
+        G = _unit(self._output_moment(A, scales))
+        return _unit(self.total(partial(input_moment, weight=G), scales))
+
+    def _output_moment(self, A: Tensor, scales: Scales) -> Tensor:
         """The sum of V A V^T: the best G for an A of norm one."""
-        return self.total(lambda a, g: input_moment(g, a, A))
+        return self.total(lambda a, g: input_moment(g, a, A), scales)
 
 
 #: One word for a layer's storage.
@@ -283,14 +318,14 @@ class LayerByLayer:
             assert isinstance(collector, EigenCollector)
             collector.look_again(factors[name])
 
-    def take(self, pairs: Pairs, weight: float) -> None:
-        """Take in the pairs of one batch and draw, of layers in ``pairs`` alone."""
+    def take(self, pairs: Pairs, weight: float, slot: int) -> None:
+        """Take in the pairs of one batch and score, of layers in ``pairs`` alone."""
         for name, pair in pairs.items():
-            self.collectors[name].add(*pair, weight)
+            self.collectors[name].add(*pair, weight, slot)
 
-    def blocks(self, factors: Mapping[str, KroneckerBlock], divisor: Tensor) -> dict[str, Block]:
-        """The blocks of the layers that took part, from G (x) A where they are made of them, and M."""
-        found = {name: one.block(factors.get(name), divisor) for name, one in self.collectors.items()}
+    def blocks(self, factors: Mapping[str, KroneckerBlock], scales: Scales) -> dict[str, Block]:
+        """The blocks of the layers that took part, from G (x) A where they are made of them."""
+        found = {name: one.block(factors.get(name), scales) for name, one in self.collectors.items()}
         return {name: block for name, block in found.items() if block is not None}
 
     def of_kronecker(self, factors: Mapping[str, KroneckerBlock]) -> dict[str, Block]:
@@ -312,26 +347,26 @@ class Joint:
         self.layouts = dict(layouts)
         self.layout = JointLayout(parts=tuple(layouts.values()))
         self.pairs = frozenset(layouts)
-        self.sum: Tensor | None = None
+        self.sums: Sums = {}
         require_dense(self.layout.numel, f"structure='dense' over {len(layouts)} layers")
 
     def look_again(self, factors: Mapping[str, KroneckerBlock]) -> None:
         """Take nothing in the second pass."""
         self.pairs = frozenset()
 
-    def take(self, pairs: Pairs, weight: float) -> None:
-        """Take in the pairs of one batch and draw; a layer that no gradient reached has zeros."""
+    def take(self, pairs: Pairs, weight: float, slot: int) -> None:
+        """Take in the pairs of one batch and score; a layer that no gradient reached has zeros."""
         some, _ = next(iter(pairs.values()))
         rows = [
             example_rows(*pairs[name]) if name in pairs else some.new_zeros(some.shape[-3], layout.numel)
             for name, layout in self.layouts.items()
         ]
         joined = torch.cat(rows, dim=-1)
-        self.sum = added(self.sum, joined.mT @ joined, weight)
+        add_to(self.sums, slot, joined.mT @ joined, weight)
 
-    def blocks(self, factors: Mapping[str, KroneckerBlock], divisor: Tensor) -> dict[str, Block]:
-        """The one block, from M."""
-        return {} if self.sum is None else {"*": DenseBlock(self.layout, self.sum / divisor.to(self.sum.device), "*")}
+    def blocks(self, factors: Mapping[str, KroneckerBlock], scales: Scales) -> dict[str, Block]:
+        """The one block."""
+        return {"*": DenseBlock(self.layout, combined(self.sums, scales), "*")} if self.sums else {}
 
     def of_kronecker(self, factors: Mapping[str, KroneckerBlock]) -> dict[str, Block]:
         """Kronecker products along the diagonal of the one block."""
@@ -339,9 +374,12 @@ class Joint:
         return {"*": DenseBlock(layout, block_diagonal([block.to_dense() for block in factors.values()]), "*")}
 
 
-def added(sums: Tensor | None, summand: Tensor, weight: float) -> Tensor:
-    """sums + weight summand, in place where there are sums."""
-    return summand * weight if sums is None else sums.add_(summand, alpha=weight)
+def add_to(sums: Sums, slot: int, summand: Tensor, weight: float) -> None:
+    """Add weight times the summand to a slot's sum, in place where there is one."""
+    if slot in sums:
+        sums[slot].add_(summand, alpha=weight)
+    else:
+        sums[slot] = summand * weight
 
 
 def _unit(matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..linalg.kronecker import block_diagonal
 from .base import Block, Rule, checked_factor, named, require_dense
 from .merging import merged
 from .report import fisher_table
+from .sampling import Groups, SamplingError, sampling_error
 from .storage import load_blocks, save_blocks
 
 Form = TypeVar("Form", Tensor, Mapping[str, Tensor], list[Tensor], tuple[Tensor, ...])
@@ -36,6 +37,7 @@ class Fisher(Mapping[str, Block]):
     Args:
         blocks: layer name -> block, in the order of the model's layers.
         meta: how it was estimated: likelihood, kind, structure, samples, counts, dtype.
+        groups: what groups of the label draws give by themselves, for ``sampling_error``.
 
     Raises:
         ArgumentError: where there is no block, or a parameter is in two of them.
@@ -43,11 +45,12 @@ class Fisher(Mapping[str, Block]):
 
     __array_ufunc__ = None
 
-    def __init__(self, blocks: Mapping[str, Block], *, meta: Mapping[str, Any]) -> None:
+    def __init__(self, blocks: Mapping[str, Block], *, meta: Mapping[str, Any], groups: Groups = ()) -> None:
         if not blocks:
             raise ArgumentError("a Fisher of no layers: expected at least one block")
         self._blocks = dict(blocks)
         self.meta = dict(meta)
+        self._groups = tuple(groups)
         self.parameter_names: tuple[str, ...] = tuple(n for block in blocks.values() for n in block.layout.names)
         twice = sorted({name for name in self.parameter_names if self.parameter_names.count(name) > 1})
         if twice:
@@ -111,7 +114,8 @@ class Fisher(Mapping[str, Block]):
 
     def to(self, target: torch.device | torch.dtype | str) -> Fisher:
         """The same Fisher on another device or in another dtype."""
-        return Fisher({name: block.to(target) for name, block in self.items()}, meta=self.meta)
+        groups = [(share, {name: block.to(target) for name, block in of.items()}) for share, of in self._groups]
+        return Fisher({name: block.to(target) for name, block in self.items()}, meta=self.meta, groups=groups)
 
     def __mul__(self, factor: float) -> Fisher:
         """factor F, for a number that is finite and not negative."""
@@ -154,6 +158,35 @@ class Fisher(Mapping[str, Block]):
         """
         blocks, meta = merged(self, self.meta, other, other.meta)
         return Fisher(blocks, meta=meta)
+
+    def sampling_error(self) -> SamplingError:
+        """Standard errors of each layer's trace and top eigenvalue, and how many draws a given precision needs.
+
+        Of the drawing of labels alone: the inputs are taken as given. From the spread of up to eight groups of draws,
+        so they have few degrees of freedom, which ``Estimated.interval`` takes into account. Of an estimate as
+        ``kc.estimate`` gives it: groups of draws are not saved, added or merged.
+
+        Raises:
+            ArgumentError: an estimate without label draws, or with one draw only.
+
+        Examples:
+            >>> import torch, kfac_cond as kc
+            >>> fisher = kc.estimate(torch.nn.Linear(3, 2), [torch.randn(8, 3)], "categorical", samples=8)
+            >>> error = fisher.sampling_error()[""].trace
+            >>> low, high = error.interval(0.95)
+            >>> low < error.value < high
+            True
+        """
+        if not self._groups:
+            kind, draws = self.meta.get("kind"), self.meta.get("samples")
+            why = f"this one is of kind {kind!r} with samples={draws}"
+            if "derived" in self.meta:
+                why = f"this one is {self.meta['derived'][-1]} of an estimate"
+            raise ArgumentError(
+                f"sampling_error needs an estimate from at least two drawn labels a term, as kc.estimate gives it, and "
+                f"{why}: kc.estimate(..., kind='sampled', samples=8)"
+            )
+        return sampling_error(self._blocks, self._groups, int(self.meta["samples"]))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write this Fisher to one safetensors file with a JSON header, all of it or nothing.
