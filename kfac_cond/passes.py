@@ -235,7 +235,12 @@ class Pass:
 
     def _counts(self, total: Statistics) -> dict[str, Any]:
         terms = dict(zip(self.slots.names, total.divisor.unbind(), strict=True))
-        counts: dict[str, Any] = {"examples": total.examples, "terms": terms.get("", terms)}
+        adds = dict(zip(self.slots.names, self.slots.adds, strict=True))
+        counts: dict[str, Any] = {
+            "examples": total.examples,
+            "terms": terms.get("", terms),
+            "adds": adds.get("", adds),
+        }
         if not total.divisor.is_meta:
             counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
         return counts

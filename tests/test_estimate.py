@@ -112,7 +112,7 @@ def test_ignored_labels_of_a_batch_leave_their_terms_out():
     found = kc.estimate(model, [(x, y)], "categorical", options=kc.Options(draws=[[drawn]]))
     expected = kc.estimate(model, [x[y >= 0]], "categorical", options=kc.Options(draws=[[drawn[y >= 0]]]))
     assert_same(found["0"].G, expected["0"].G)
-    expected_counts = {"examples": 5, "terms": torch.tensor(3.0), "positions": {"0": 5.0, "2": 5.0}}
+    expected_counts = {"examples": 5, "terms": torch.tensor(3.0), "adds": True, "positions": {"0": 5.0, "2": 5.0}}
     assert found.meta["counts"] == expected_counts
 
 

@@ -18,29 +18,30 @@ class Counts:
 
     Args:
         examples: N.
-        terms: M, the loss's divisor.
+        terms: M, the loss's divisor, of each head; the head is '' where there is one.
         positions: for each layer, the number of positions that its A is the mean over.
         adds: whether M of two pieces of data is the sum of theirs; not for a loss that is itself a sum, where M is 1.
     """
 
     examples: float
-    terms: float
+    terms: dict[str, float]
     positions: dict[str, float]
-    adds: bool
+    adds: dict[str, bool]
 
     @classmethod
     def of(cls, meta: Mapping[str, Any], layers: Mapping[str, Block]) -> Counts:
         """The counts in a Fisher's ``meta``.
 
         Args:
-            meta: with ``likelihood`` and ``counts = {"examples": N, "terms": M, "positions": {layer: n}}``.
+            meta: with ``counts = {"examples": N, "terms": M, "adds": bool, "positions": {layer: n}}``; M and whether
+                it adds are mappings by head where there are several.
             layers: the blocks; of those that are Kronecker blocks ``positions`` is needed.
 
         Raises:
             ArgumentError: naming what is absent.
         """
         counts = meta.get("counts", {})
-        absent = [f"counts['{key}']" for key in ("examples", "terms") if key not in counts]
+        absent = [f"counts['{key}']" for key in ("examples", "terms", "adds") if key not in counts]
         positions = counts.get("positions", {})
         absent += [
             f"counts['positions']['{name}']"
@@ -54,17 +55,45 @@ class Counts:
                 "before any other verb; + adds any two"
             )
         held = {name: float(value) for name, value in positions.items()}
-        # Every likelihood's text has its reduction.
+        terms, adds = _by_head(counts["terms"]), _by_head(counts["adds"])
         return cls(
-            float(counts["examples"]), float(counts["terms"]), held, "reduction='sum'" not in str(meta["likelihood"])
+            float(counts["examples"]),
+            {head: float(M) for head, M in terms.items()},
+            held,
+            {head: bool(one) for head, one in adds.items()},
         )
 
     def with_others(self, other: Counts) -> Counts:
         """Those of all the data."""
         names = [*self.positions, *(name for name in other.positions if name not in self.positions)]
         positions = {name: self.positions.get(name, 0.0) + other.positions.get(name, 0.0) for name in names}
-        terms = self.terms + other.terms if self.adds else max(self.terms, other.terms)
+        terms = {
+            head: M + other.terms[head] if self.adds[head] else max(M, other.terms[head])
+            for head, M in self.terms.items()
+        }
         return Counts(self.examples + other.examples, terms, positions, self.adds)
+
+    def share(self, total: Counts) -> float:
+        """What these data's estimate is multiplied by in that of all: M over M of all.
+
+        Raises:
+            ArgumentError: heads whose shares differ, and whose Fishers are no longer apart.
+        """
+        shares = {head: M / total.terms[head] for head, M in self.terms.items()}
+        if max(shares.values()) - min(shares.values()) > 1e-12:
+            raise ArgumentError(
+                f"merge: these data have {shares} of the valid terms of each head, and the heads' Fishers are already "
+                "added: estimate over all the data in one call"
+            )
+        return next(iter(shares.values()))
+
+
+def _by_head(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {"": value}
+
+
+def _plain(by_head: Mapping[str, Any]) -> Any:
+    return by_head.get("", by_head)
 
 
 def merged(
@@ -85,16 +114,21 @@ def merged(
         else:
             # Not used over the other data: nothing to add, while M counts. A Kronecker block keeps its A.
             block, own = (mine[name], left) if name in mine else (theirs[name], right)
-            blocks[name] = block * (own.terms / total.terms)
-    counts = {"examples": int(total.examples), "terms": total.terms, "positions": total.positions}
+            blocks[name] = block * own.share(total)
+    counts = {
+        "examples": int(total.examples),
+        "terms": _plain(total.terms),
+        "adds": _plain(total.adds),
+        "positions": total.positions,
+    }
     samples = (my_meta.get("samples"), their_meta.get("samples"))
     meta = {**my_meta, "samples": samples[0] if samples[0] == samples[1] else samples, "counts": counts}
     return blocks, meta
 
 
 def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Block:
-    terms = left.with_others(right).terms
-    my_share, their_share = left.terms / terms, right.terms / terms
+    total = left.with_others(right)
+    my_share, their_share = left.share(total), right.share(total)
     if not (isinstance(mine, KroneckerBlock) and isinstance(theirs, KroneckerBlock)):
         return sum_of(mine * my_share, theirs * their_share)
     if mine.layout != theirs.layout:
