@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from .heads import Distribution
 from .layers.survey import Layer, survey
 from .likelihoods import as_likelihood
 from .options import KINDS, Batches, Kind, Options
+from .partial import Partial, digest_of_model
 from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
@@ -109,14 +110,16 @@ def estimate(
     stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
     given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
     single = Pass(*given)
-    total = single.run(data)
+    partial = Partial(options.partial, _request(single, words) if options.partial is not None else {})
+    total = single.run(data, partial)
     single.check_complete(total)
     if any(one.waiting for one in stored):
         factors = single.factors(total)
         for one in stored:
             one.look_again(factors)
-        _check_again(total, Pass(*given).run(data))
+        _check_again(total, Pass(*given).run(data, partial, [total]))
     fishers = single.fishers(total, words)
+    partial.remove()
     return fishers[0] if isinstance(structure, str) else fishers
 
 
@@ -137,6 +140,20 @@ def _check(model: nn.Module, words: list[str], kind: str, samples: int, options:
         raise ArgumentError(f"samples={samples!r}: expected a whole number >= 1")
     if kind != "sampled" and (samples != 1 or options.draws is not None):
         raise ArgumentError(f"kind={kind!r} draws no labels: leave out samples and draws")
+
+
+def _request(single: Pass, words: list[str]) -> dict[str, Any]:
+    """What makes two estimates the same, as plain values."""
+    return {
+        "likelihood": repr(single.likelihood),
+        "structure": words,
+        "kind": single.kind,
+        "samples": single.samples,
+        "seed": single.draws.seed,
+        "dtype": str(single.dtype),
+        "layers": {name: [list(one.layout.matrix_shape), one.sharing] for name, one in single.layers.items()},
+        "model": digest_of_model(single.model),
+    }
 
 
 def _check_again(first: Statistics, second: Statistics) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,8 @@ class Options:
             same batches again, in the same order: no iterator, and nothing that shuffles.
         dtype: of the statistics, torch.float32 or torch.float64; that of the model where it is wider.
         progress: show a progress bar; None shows it on a terminal.
+        partial: path of a file in which the estimate notes how far it got, between batches. Where it is there, the same
+            call goes on from it, to bitwise the same result; it is gone once the estimate is complete.
         data: where to find masks, positions and outputs in a batch.
     """
 
@@ -42,6 +45,7 @@ class Options:
     second_pass: bool = False
     dtype: torch.dtype = torch.float32
     progress: bool | None = None
+    partial: str | PathLike[str] | None = None
     data: Data | None = None
 
     def __post_init__(self) -> None:
@@ -58,4 +62,6 @@ class Options:
             raise ArgumentError(f"Options(dtype={self.dtype!r}): expected torch.float32 or torch.float64")
         if self.progress not in (None, True, False):
             raise ArgumentError(f"Options(progress={self.progress!r}): expected True, False, or None for a terminal")
+        if not (self.partial is None or isinstance(self.partial, str | PathLike)):
+            raise ArgumentError(f"Options(partial={self.partial!r}): expected the path of a file, or None")
         settings_of(self.data, Data, "Options.data")

@@ -14,7 +14,7 @@ from .capture import Capture, counted, gathered
 from .checks import are_tensors, described
 from .data import Data, call_model, leading_dimension
 from .draws import Draws
-from .errors import ArgumentError, CaptureError, LikelihoodError, NumericalError
+from .errors import ArgumentError, CaptureError, LikelihoodError, NumericalError, StateError
 from .forwards import Pairs, Wanted
 from .guards import kept_state, without_autocast
 from .heads import (
@@ -36,6 +36,7 @@ from .hooks import hook_owners
 from .layers.survey import Layer
 from .likelihoods import Product
 from .options import Batches, Kind, Options
+from .partial import Partial, digest_of_batch, random_state, restore_random_state
 from .progress import tracked
 from .statistics import Statistics, combined
 from .structures import Block, Fisher, Joint, KroneckerBlock, LayerByLayer
@@ -107,20 +108,95 @@ class Pass:
             self.capture.install()
             yield
 
-    def run(self, data: Batches) -> Statistics:
-        """The statistics of all batches."""
-        total: Statistics | None = None
+    def run(self, data: Batches, partial: Partial, earlier: Sequence[Statistics] = ()) -> Statistics:
+        """The statistics of all batches.
+
+        Args:
+            data: the batches.
+            partial: where to go on from, and to note how far this got.
+            earlier: the statistics of the passes before this one.
+        """
+        state = self._resumed(partial, len(earlier))
+        if state is not None and len(state["earlier"]) > len(earlier):
+            return self._restored(state["earlier"][len(earlier)])
+        total = None if state is None else self._restored(state["total"])
+        done = 0 if state is None else int(state["batches"])
+        whole, last, number = True, None, -1
         with self.listening():
             batches = checked_batches(data() if callable(data) else data)
             # Closed even after an exception, which would leave a progress bar on the terminal.
             with closing(tracked(batches, description="Fisher", show=self.progress)) as shown:
-                for number, batch in enumerate(shown):
-                    statistics = self.statistics(number, batch)
-                    total = statistics if total is None else total.merged(statistics)
+                try:
+                    for number, batch in enumerate(shown):
+                        if state is not None and number < done:
+                            self._skip(number, batch, state)
+                            continue
+                        whole = False
+                        statistics = self.statistics(number, batch)
+                        total = statistics if total is None else total.merged(statistics)
+                        whole, done, last = True, number + 1, batch
+                        if partial.due:
+                            partial.write(self._state(done, last, total, earlier))
+                except BaseException:
+                    # In the middle of a batch the sums hold a part of it: then the last write is what there is.
+                    if whole and last is not None and total is not None:
+                        partial.write(self._state(done, last, total, earlier))
+                    raise
+        if state is not None and number + 1 < done:
+            raise StateError(
+                f"the data have {number + 1} batches, and the partial estimate took in {done}: going on needs the same "
+                f"batches. Remove the file to start anew."
+            )
         if total is None:
             raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
         self._require_all_drawn()
         return total
+
+    # How far a pass got ----------------------------------------------------------------------------------------------
+
+    def _state(self, done: int, last: Any, total: Statistics, earlier: Sequence[Statistics]) -> dict[str, Any]:
+        """Everything that going on after ``done`` batches needs."""
+        return {
+            "batches": done,
+            "last": digest_of_batch(last),
+            "total": total.state(),
+            "earlier": [one.state() for one in earlier],
+            "stored": [one.state() for one in self.stored],
+            "draws": self.draws.state(),
+            "random": random_state(),
+        }
+
+    def _resumed(self, partial: Partial, number: int) -> dict[str, Any] | None:
+        """The state that this pass, or one after it, goes on from; what the structures had taken in is theirs again."""
+        state = partial.found
+        if state is None or len(state["earlier"]) < number:
+            return None
+        devices = self._devices()
+        for one, saved in zip(self.stored, state["stored"], strict=True):
+            one.load_state(saved, devices)
+        self.draws.load_state(state["draws"])
+        return state
+
+    def _restored(self, state: Mapping[str, Any]) -> Statistics:
+        return Statistics.restored(state, self.slots, self._devices())
+
+    def _devices(self) -> dict[str, torch.device]:
+        return {name: layer.weight.device for name, layer in self.layers.items()}
+
+    def _skip(self, number: int, batch: Any, state: Mapping[str, Any]) -> None:
+        """Pass over a batch that was taken in before, the last of which must be the one that was."""
+        if self.injected is not None:
+            next(self.injected, None)
+        if number + 1 < state["batches"]:
+            return
+        if digest_of_batch(batch) != state["last"]:
+            raise StateError(
+                f"batch {number} is not the one that the partial estimate took in: going on needs the same batches in "
+                f"the same order (no shuffling, or the same seed). Remove the file to start anew."
+            )
+        restore_random_state(state["random"])
+
+    # One batch -------------------------------------------------------------------------------------------------------
 
     def statistics(self, number: int, batch: Any) -> Statistics:
         """The statistics of one batch, seen to be finite."""

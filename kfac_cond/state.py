@@ -106,17 +106,7 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
     """What forwards left that no step has taken yet: the half of a loop that runs after the step."""
-    return {
-        "layers": {
-            name: {"A": sums.A, "A_count": sums.A_count, "G": sums.G} for name, sums in statistics.layers.items()
-        },
-        "divisor": statistics.divisor,
-        "examples": statistics.examples,
-        "finite": statistics.finite,
-        "nonfinite": dict(statistics.nonfinite),
-        "captures": flags.captures,
-        "flags": dict(flags.counts),
-    }
+    return {**statistics.state(), "captures": flags.captures, "flags": dict(flags.counts)}
 
 
 def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slots: Slots) -> tuple[Statistics, Flags]:

@@ -134,6 +134,29 @@ class Statistics:
             self.nonfinite | flags,
         )
 
+    def state(self) -> dict[str, Any]:
+        """Everything but the slots, as plain values and tensors."""
+        layers = {name: {"A": sums.A, "A_count": sums.A_count, "G": sums.G} for name, sums in self.layers.items()}
+        return {
+            "layers": layers,
+            "divisor": self.divisor,
+            "examples": self.examples,
+            "finite": self.finite,
+            "nonfinite": dict(self.nonfinite),
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], slots: Slots, devices: Mapping[str, torch.device]) -> Statistics:
+        """What ``state`` was taken of, each layer's sums on its device."""
+        layers = {
+            name: LayerSums(**{key: tensor.to(devices[name]) for key, tensor in sums.items()})
+            for name, sums in state["layers"].items()
+        }
+        first = next(iter(layers.values())).A.device
+        flags = {name: flag.to(devices[name]) for name, flag in state["nonfinite"].items()}
+        divisor, finite = state["divisor"].to(first), state["finite"].to(first)
+        return cls(layers, divisor, slots, int(state["examples"]), finite, flags)
+
     def or_zero(self) -> Statistics:
         """Itself where finite, else all zeros, decided on the device."""
 

@@ -417,3 +417,31 @@ def test_a_saved_estimate_is_read_back(structure, tmp_path):
     fisher.save(tmp_path / "fisher.safetensors")
     found = kc.Fisher.load(tmp_path / "fisher.safetensors")
     assert torch.equal(found["2"].to_dense(), fisher["2"].to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal", "block", "dense"])
+def test_statistics_are_as_wide_as_asked_for(dtype, structure):
+    """Of a narrow model the statistics are those of its own activations and gradients, in the wider dtype."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype), torch.randn(6, 3).to(dtype)
+    draws = [[torch.randint(3, (6,))]]
+    narrow, wide = (
+        kc.estimate(model, [x], "categorical", structure=structure, options=kc.Options(draws=draws, dtype=one))
+        for one in (torch.float32, torch.float64)
+    )
+    assert (narrow.dtype, wide.dtype) == (torch.float32, torch.float64)
+    assert_same(narrow.to_dense().double(), wide.to_dense(), tolerance=1e-5)
+
+
+def test_products_are_made_in_the_wider_dtype():
+    """What float32 rounds away is there: 1 + 1e-4 squared, summed over many positions."""
+    model, x = nn.Linear(1, 1, bias=False), torch.full((5, 1), 1 + 2.0**-13)
+    found = kc.estimate(model, [x], "gaussian", kind="exact", options=kc.Options(dtype=torch.float64))
+    assert float(found[""].A) == (1 + 2.0**-13) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, "float64"])
+def test_a_dtype_that_statistics_cannot_have_is_refused(dtype):
+    with pytest.raises(kc.ArgumentError, match=r"expected torch\.float32 or torch\.float64"):
+        kc.Options(dtype=dtype)

@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum
@@ -49,9 +49,20 @@ class Collector(ABC):
     moments: ClassVar[bool] = False
     #: Whether it is made of the pairs (a, g) of each example.
     pairs: ClassVar[bool] = True
+    #: Names of the attributes that hold sums by slot.
+    summed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layout: WeightLayout, name: str) -> None:
         self.layout, self.name = layout, name
+
+    def state(self) -> dict[str, Any]:
+        """What was taken in, as plain values and tensors."""
+        return {name: dict(getattr(self, name)) for name in self.summed}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from ``state``."""
+        for name in self.summed:
+            setattr(self, name, {slot: tensor.to(device) for slot, tensor in state[name].items()})
 
     @abstractmethod
     def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
@@ -88,6 +99,8 @@ class KroneckerCollector(Collector):
 
 class SummedCollector(Collector):
     """One sum over examples, of a function of their pairs."""
+
+    summed: ClassVar[tuple[str, ...]] = ("sums",)
 
     def __init__(self, layout: WeightLayout, name: str) -> None:
         super().__init__(layout, name)
@@ -145,6 +158,8 @@ class TraceRestrictedCollector(Collector):
     Source: Gao et al. 2020 (arXiv:2011.10741), with an example's positions summed before anything is squared.
     """
 
+    summed: ClassVar[tuple[str, ...]] = ("R", "C")
+
     def __init__(self, layout: WeightLayout, name: str) -> None:
         super().__init__(layout, name)
         self.R: Sums = {}
@@ -172,6 +187,13 @@ class KeepingCollector(Collector):
         super().__init__(layout, name)
         self.kept: list[tuple[Tensor, Tensor, float, int]] = []
 
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "kept": list(self.kept)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().load_state(state, device)
+        self.kept = [(a.to(device), g.to(device), weight, slot) for a, g, weight, slot in state["kept"]]
+
     def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
         self.kept.append((a, g, weight, slot))
 
@@ -193,6 +215,7 @@ class EigenCollector(KeepingCollector):
     """
 
     moments = True
+    summed: ClassVar[tuple[str, ...]] = ("sums",)
     basis: EigenBlock | None = None
 
     def __init__(self, layout: WeightLayout, name: str) -> None:
@@ -318,6 +341,15 @@ class LayerByLayer:
             assert isinstance(collector, EigenCollector)
             collector.look_again(factors[name])
 
+    def state(self) -> dict[str, Any]:
+        """What was taken in, as plain values and tensors."""
+        return {name: one.state() for name, one in self.collectors.items()}
+
+    def load_state(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
+        """Go on from ``state``, each layer on its device."""
+        for name, one in self.collectors.items():
+            one.load_state(state[name], devices[name])
+
     def take(self, pairs: Pairs, weight: float, slot: int) -> None:
         """Take in the pairs of one batch and score, of layers in ``pairs`` alone."""
         for name, pair in pairs.items():
@@ -353,6 +385,15 @@ class Joint:
     def look_again(self, factors: Mapping[str, KroneckerBlock]) -> None:
         """Take nothing in the second pass."""
         self.pairs = frozenset()
+
+    def state(self) -> dict[str, Any]:
+        """What was taken in, as plain values and tensors."""
+        return {"sums": dict(self.sums)}
+
+    def load_state(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
+        """Go on from ``state``, on the device of the first layer."""
+        device = devices[next(iter(self.layouts))]
+        self.sums = {slot: tensor.to(device) for slot, tensor in state["sums"].items()}
 
     def take(self, pairs: Pairs, weight: float, slot: int) -> None:
         """Take in the pairs of one batch and score; a layer that no gradient reached has zeros."""
