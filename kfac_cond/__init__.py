@@ -55,6 +55,7 @@ from .structures import (
     Iteration,
     KroneckerBlock,
     LowRankBlock,
+    SamplingError,
     SumBlock,
 )
 from .trust_region import KLClip
@@ -108,6 +109,7 @@ __all__ = [
     "Ordinal",
     "Poisson",
     "Product",
+    "SamplingError",
     "Schedule",
     "StateError",
     "SumBlock",

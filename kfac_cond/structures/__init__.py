@@ -12,6 +12,7 @@ from .inverses import damped_inverses_of
 from .iterative import FunctionBlock, Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
+from .sampling import SamplingError
 from .storage import Stored, register_stored
 from .sums import SumBlock
 
@@ -31,6 +32,7 @@ __all__ = [
     "KroneckerBlock",
     "LayerByLayer",
     "LowRankBlock",
+    "SamplingError",
     "Stored",
     "SumBlock",
     "damped_inverses_of",
