@@ -49,6 +49,22 @@ def one_step(model: nn.Module, likelihood: kc.Likelihood, rows: slice) -> kc.KFA
     return kfac
 
 
+def heads_step(rows: slice) -> kc.KFAC:
+    """Two heads of one output, one of them a sum; most labels of the other are missing, and unevenly so."""
+    x, y, drawn = (part[rows] for part in batches())
+    known = torch.where(torch.arange(8)[rows] < 5, -100, y)
+    heads = kc.Product(
+        {"mean": kc.Categorical(ignore_index=-100), "sum": kc.Gaussian(reduction="sum")}, weights={"sum": 0.2}
+    )
+    model = network()
+    kfac = kc.KFAC(model, heads, schedule=kc.Schedule(factors=1, inverses=1))
+    outputs = model(x)
+    kfac.update((outputs, outputs.tanh()), targets=(known, None), draws=[(drawn, outputs.detach().cos())])
+    nn.functional.cross_entropy(outputs, y).backward()
+    kfac.precondition()
+    return kfac
+
+
 def factors(kfac: kc.KFAC) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (block.A, block.G) for name, block in kfac.fisher().items()}
 
@@ -85,6 +101,7 @@ def worker(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for name, likelihood in (("mean", kc.Categorical()), ("sum", kc.Categorical(reduction="sum"))):
         found[name] = factors(one_step(network(), likelihood, SHARDS[rank]))
+    found["heads"] = factors(heads_step(SHARDS[rank]))
     # A rank whose batch is not finite adds nothing, and all ranks say so.
     poisoned = network()
     if rank == 1:
@@ -119,6 +136,15 @@ def results() -> list[dict[str, Any]]:
 def test_uneven_ranks_are_one_process(results, reduction, side, layer, rank):
     expected = factors(one_step(network(), kc.Categorical(reduction=reduction), slice(0, 8)))
     assert_same(results[rank][reduction][layer][side], expected[layer][side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_heads_of_uneven_ranks_are_those_of_one_process(results, layer, rank):
+    """The first rank has no valid term of one head."""
+    expected = factors(heads_step(slice(0, 8)))
+    for found, wanted in zip(results[rank]["heads"][layer], expected[layer], strict=True):
+        assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
