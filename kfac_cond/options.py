@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .checks import check_seed, described, settings_of
+from .checks import check_seed, described, is_size, settings_of
 from .data import Data
 from .errors import ArgumentError
 
@@ -23,14 +23,16 @@ class Options:
 
     Args:
         layers: pattern or patterns (``fnmatch``) of the layers wanted; None for all.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, structure=)}; ``structure``
-            is for structure='mixed'.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, max_factor_dim=, structure=)};
+            ``structure`` is for structure='mixed'.
         seed: seed of the label draws; None takes ``torch.initial_seed()``.
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
         second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
             same batches again, in the same order: no iterator, and nothing that shuffles.
         progress: show a progress bar; None shows it on a terminal.
         data: where to find masks, positions and outputs in a batch.
+        max_factor_dim: size of the largest side of a Kronecker product that is kept whole; a larger one is kept as its
+            diagonal. A layer's rule goes before it; None takes 16 384.
     """
 
     layers: str | Sequence[str] | None = None
@@ -40,6 +42,7 @@ class Options:
     second_pass: bool = False
     progress: bool | None = None
     data: Data | None = None
+    max_factor_dim: int | None = None
 
     def __post_init__(self) -> None:
         patterns = [self.layers] if isinstance(self.layers, str) else self.layers
@@ -54,3 +57,7 @@ class Options:
         if self.progress not in (None, True, False):
             raise ArgumentError(f"Options(progress={self.progress!r}): expected True, False, or None for a terminal")
         settings_of(self.data, Data, "Options.data")
+        if not (self.max_factor_dim is None or is_size(self.max_factor_dim)):
+            raise ArgumentError(
+                f"Options(max_factor_dim={self.max_factor_dim!r}): expected a whole number >= 1, or None"
+            )

@@ -20,6 +20,7 @@ from .guards import kept_state, without_autocast
 from .hooks import hook_owners
 from .layers.survey import Layer
 from .likelihoods import Categorical, Likelihood, exact_scores, sampled_scores
+from .linalg.sides import stored_identity
 from .listening import bound_to_batch
 from .options import Batches, Kind, Options
 from .progress import tracked
@@ -217,8 +218,9 @@ class Pass:
                 continue
             A = sums.A / sums.A_count
             if self.kind == "forward_only":
-                G = torch.eye(layer.layout.d_out, dtype=A.dtype, device=A.device)
-                G = G.expand(*layer.layout.matrix_shape[:-2], *G.shape).contiguous()
+                _, shape = layer.layout.side_shapes(layer.max_factor_dim)
+                leading = len(layer.layout.matrix_shape) - 2
+                G = stored_identity(shape, leading=leading, like=A)
             else:
                 G = sums.G / total.divisor.to(sums.G.device)
             factors[name] = KroneckerBlock(layer.layout, A, G, name=name)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import torch
-from einops import einsum
 from torch import Tensor
 
-from ..layers.layout import JointLayout, WeightLayout
+from ..errors import ArgumentError
+from ..layers.layout import MAX_FACTOR_DIM, JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
 from ..linalg.moments import trace
-from ..linalg.pairs import example_rows, input_moment, squared_gradients
+from ..linalg.pairs import example_rows, input_moment, input_moment_diagonal, rotated, squared_gradients
+from ..linalg.sides import as_side
 from .base import Block, require_dense
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
@@ -38,6 +40,7 @@ class Collector(ABC):
     Args:
         layout: how the layer's parameters sit in its matrix.
         name: the layer's name.
+        max_factor_dim: size of the largest side of a Kronecker product that is kept whole.
     """
 
     #: Whether the block is made of A and G.
@@ -45,8 +48,8 @@ class Collector(ABC):
     #: Whether it is made of the pairs (a, g) of each example.
     pairs: ClassVar[bool] = True
 
-    def __init__(self, layout: WeightLayout, name: str) -> None:
-        self.layout, self.name = layout, name
+    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
+        self.layout, self.name, self.max_factor_dim = layout, name, max_factor_dim
 
     @abstractmethod
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
@@ -105,8 +108,8 @@ class DiagonalCollector(SummedCollector):
 class DenseCollector(SummedCollector):
     """'block': the sum of vec V_n vec V_n^T."""
 
-    def __init__(self, layout: WeightLayout, name: str) -> None:
-        super().__init__(layout, name)
+    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
+        super().__init__(layout, name, max_factor_dim)
         require_dense(layout.numel, f"layer '{name}'")
 
     def summand(self, a: Tensor, g: Tensor) -> Tensor:
@@ -123,6 +126,8 @@ class DenseCollector(SummedCollector):
 class TraceRestrictedCollector(Collector):
     """'tkfac': R = sum V V^T and C = sum V^T V, both exact; R (x) C / tr has their traces, and F's.
 
+    Of a side that is too large the diagonal alone is summed; traces need no more.
+
     Source: Gao et al. 2020 (arXiv:2011.10741), with an example's positions summed before anything is squared.
     """
 
@@ -130,15 +135,19 @@ class TraceRestrictedCollector(Collector):
     C: Tensor | None = None
 
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self.R = added(self.R, input_moment(g, a), weight)
-        self.C = added(self.C, input_moment(a, g), weight)
+        of_A, of_G = (
+            input_moment_diagonal if d > self.max_factor_dim else input_moment
+            for d in (self.layout.d_in, self.layout.d_out)
+        )
+        self.R = added(self.R, of_G(g, a), weight)
+        self.C = added(self.C, of_A(a, g), weight)
 
     def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
         if self.R is None or self.C is None:
             return None
-        total = trace(self.C)[..., None, None]
-        A = self.C / torch.where(total > 0, total, 1)
-        return KroneckerBlock(self.layout, A, self.R / divisor.to(self.R.device), self.name)
+        total = trace(as_side(self.C, leading=len(self.layout.matrix_shape) - 2))
+        share = torch.where(total > 0, total, 1).reshape(*total.shape, *[1] * (self.C.dim() - total.dim()))
+        return KroneckerBlock(self.layout, self.C / share, self.R / divisor.to(self.R.device), self.name)
 
 
 class KeepingCollector(Collector):
@@ -147,8 +156,8 @@ class KeepingCollector(Collector):
     Memory: N positions (d_in + d_out) numbers a draw, where a is shared by the draws of a batch.
     """
 
-    def __init__(self, layout: WeightLayout, name: str) -> None:
-        super().__init__(layout, name)
+    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
+        super().__init__(layout, name, max_factor_dim)
         self.kept: list[tuple[Tensor, Tensor, float]] = []
 
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
@@ -183,12 +192,8 @@ class EigenCollector(KeepingCollector):
         if self.basis is None:
             super().add(a, g, weight)
             return
-        # U_G^T V U_A is the weight gradient of the rotated pairs.
-        rotated = [
-            einsum(x, basis, "... n s d, ... d e -> ... n s e")
-            for x, basis in ((a, self.basis.basis_A), (g, self.basis.basis_G))
-        ]
-        self.sum = added(self.sum, squared_gradients(*rotated), weight)
+        a, g = rotated(a, self.basis.basis_A), rotated(g, self.basis.basis_G)
+        self.sum = added(self.sum, squared_gradients(a, g), weight)
 
     def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
         if factors is None:
@@ -199,7 +204,7 @@ class EigenCollector(KeepingCollector):
                 self.add(a, g, weight)
         if self.sum is None or self.basis is None:
             return None
-        return self.basis.with_values(self.sum / divisor.to(self.sum.device))
+        return replace(self.basis, values=self.sum / divisor.to(self.sum.device))
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return block.eigen()
@@ -213,6 +218,16 @@ class NearestCollector(KeepingCollector):
 
     Source: Van Loan & Pitsianis 1993; Koroko et al. 2022 (arXiv:2201.10285), KPSVD.
     """
+
+    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
+        super().__init__(layout, name, max_factor_dim)
+        largest = max(layout.d_in, layout.d_out)
+        if largest > max_factor_dim:
+            raise ArgumentError(
+                f"layer '{name}': structure='kpsvd' keeps both sides whole, one of them has {largest} rows, and "
+                f"max_factor_dim is {max_factor_dim}: use 'kfac', 'ekfac' or 'tkfac', which keep its diagonal, or set "
+                f"max_factor_dim={largest} in Options or in a rule for the layer"
+            )
 
     #: Iterations at most, and the relative change of A at which it stops before, in multiples of round-off.
     iterations: ClassVar[int] = 500
@@ -262,12 +277,20 @@ class LayerByLayer:
         layouts: the layers' matrices by name, in order.
         structures: the layers' structures by name.
         twice: whether the data come a second time, so that 'ekfac' need not keep pairs.
+        limits: size of the largest side of a Kronecker product that is kept whole, by name.
     """
 
     def __init__(
-        self, layouts: Mapping[str, WeightLayout], structures: Mapping[str, str], *, twice: bool = False
+        self,
+        layouts: Mapping[str, WeightLayout],
+        structures: Mapping[str, str],
+        *,
+        twice: bool = False,
+        limits: Mapping[str, int],
     ) -> None:
-        self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
+        self.collectors = {
+            name: COLLECTORS[structures[name]](layout, name, limits[name]) for name, layout in layouts.items()
+        }
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)
         #: The layers that wait for the second pass, and those whose pairs are taken in the pass at hand.
         self.waiting = frozenset(
