@@ -14,8 +14,8 @@ from ..errors import ArgumentError
 MAX_FACTOR_DIM = 16_384
 """Size of the largest side that is kept whole where nothing else is said; a larger one is kept as its diagonal.
 
-In float32 such a matrix takes 1 GiB, and a layer holds several (sums, moving average, inverse). Nearly all hidden layers
-are below it, vocabularies above.
+In float32 such a matrix takes 1 GiB, and a layer holds several (sums, moving average, inverse). Nearly all hidden
+layers are below it, vocabularies above.
 """
 
 

@@ -112,8 +112,8 @@ class EigenBlock(DiagonalisedBlock):
         values = getattr(self, f"values_{name}")
         if values is None:
             raise ArgumentError(
-                f"{self.label}: it has no {name}, since it was made of another block by a verb, or by hand: take {name} of "
-                f"the block that kc.estimate(structure='ekfac') or KroneckerBlock.eigen() gave"
+                f"{self.label}: it has no {name}, since it was made of another block by a verb, or by hand: take "
+                f"{name} of the block that kc.estimate(structure='ekfac') or KroneckerBlock.eigen() gave"
             )
         return as_tensor(from_eigenbasis(values, getattr(self, f"basis_{name}")))
 
