@@ -42,7 +42,11 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
     bordered[..., :d, :d].copy_(moment)
     bordered[..., :d, d].copy_(column_sums)
     bordered[..., d, :d].copy_(column_sums)
-    bordered[..., d, d] = n if count is None else count.to(moment.dtype)
+    corner = bordered[..., d, d]
+    if count is None:
+        corner.fill_(float(n))
+    else:
+        corner.copy_(count)
     return bordered
 
 
