@@ -40,7 +40,6 @@ class Collector(ABC):
     Args:
         layout: how the layer's parameters sit in its matrix.
         name: the layer's name.
-        max_factor_dim: size of the largest side of a Kronecker product that is kept whole.
     """
 
     #: Whether the block is made of A and G.
@@ -48,8 +47,19 @@ class Collector(ABC):
     #: Whether it is made of the pairs (a, g) of each example.
     pairs: ClassVar[bool] = True
 
-    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
-        self.layout, self.name, self.max_factor_dim = layout, name, max_factor_dim
+    #: Size of the largest side of a Kronecker product that is kept whole.
+    max_factor_dim: int = MAX_FACTOR_DIM
+
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        self.layout, self.name = layout, name
+
+    def limit_sides(self, max_factor_dim: int) -> None:
+        """Keep sides up to a size whole; called before anything is added.
+
+        Raises:
+            ArgumentError: a side is larger, and the structure has no use for its diagonal.
+        """
+        self.max_factor_dim = max_factor_dim
 
     @abstractmethod
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
@@ -108,8 +118,8 @@ class DiagonalCollector(SummedCollector):
 class DenseCollector(SummedCollector):
     """'block': the sum of vec V_n vec V_n^T."""
 
-    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
-        super().__init__(layout, name, max_factor_dim)
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
         require_dense(layout.numel, f"layer '{name}'")
 
     def summand(self, a: Tensor, g: Tensor) -> Tensor:
@@ -156,8 +166,8 @@ class KeepingCollector(Collector):
     Memory: N positions (d_in + d_out) numbers a draw, where a is shared by the draws of a batch.
     """
 
-    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
-        super().__init__(layout, name, max_factor_dim)
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
         self.kept: list[tuple[Tensor, Tensor, float]] = []
 
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
@@ -219,19 +229,18 @@ class NearestCollector(KeepingCollector):
     Source: Van Loan & Pitsianis 1993; Koroko et al. 2022 (arXiv:2201.10285), KPSVD.
     """
 
-    def __init__(self, layout: WeightLayout, name: str, max_factor_dim: int = MAX_FACTOR_DIM) -> None:
-        super().__init__(layout, name, max_factor_dim)
-        largest = max(layout.d_in, layout.d_out)
-        if largest > max_factor_dim:
-            raise ArgumentError(
-                f"layer '{name}': structure='kpsvd' keeps both sides whole, one of them has {largest} rows, and "
-                f"max_factor_dim is {max_factor_dim}: use 'kfac', 'ekfac' or 'tkfac', which keep its diagonal, or set "
-                f"max_factor_dim={largest} in Options or in a rule for the layer"
-            )
-
     #: Iterations at most, and the relative change of A at which it stops before, in multiples of round-off.
     iterations: ClassVar[int] = 500
     tolerance: ClassVar[float] = 16.0
+
+    def limit_sides(self, max_factor_dim: int) -> None:
+        largest = max(self.layout.d_in, self.layout.d_out)
+        if largest > max_factor_dim:
+            raise ArgumentError(
+                f"layer '{self.name}': structure='kpsvd' keeps both sides whole, one of them has {largest} rows, and "
+                f"max_factor_dim is {max_factor_dim}: use 'kfac', 'ekfac' or 'tkfac', which keep its diagonal, or set "
+                f"max_factor_dim={largest} in Options or in a rule for the layer"
+            )
 
     def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
         if not self.kept:
@@ -288,9 +297,9 @@ class LayerByLayer:
         twice: bool = False,
         limits: Mapping[str, int],
     ) -> None:
-        self.collectors = {
-            name: COLLECTORS[structures[name]](layout, name, limits[name]) for name, layout in layouts.items()
-        }
+        self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
+        for name, one in self.collectors.items():
+            one.limit_sides(limits[name])
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)
         #: The layers that wait for the second pass, and those whose pairs are taken in the pass at hand.
         self.waiting = frozenset(
