@@ -24,6 +24,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is a whole number >= 1."""
+    return is_whole(value) and value >= 1
+
+
 def is_damping(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number that is not negative."""
     return is_number(value) and 0 <= value < math.inf
@@ -70,12 +75,12 @@ def checked_rules(rules: object) -> dict[str, Mapping[str, Any]]:
     if rules is None:
         return {}
     if not isinstance(rules, Mapping):
-        raise ArgumentError(f"rules is {described(rules)}: expected {{pattern: dict(sharing=, damping=, exclude=)}}")
+        raise ArgumentError(f"rules is {described(rules)}: expected {{pattern: dict(sharing=, damping=, ...)}}")
     for pattern, rule in rules.items():
         if not isinstance(pattern, str):
             raise ArgumentError(f"rules: the pattern {pattern!r} is {described(pattern)}: expected a str")
         if not isinstance(rule, Mapping):
-            raise ArgumentError(f"rules['{pattern}'] is {described(rule)}: expected dict(sharing=, damping=, exclude=)")
+            raise ArgumentError(f"rules['{pattern}'] is {described(rule)}: expected dict(sharing=, damping=, ...)")
     return dict(rules)
 
 

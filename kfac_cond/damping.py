@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import is_damping, is_number
 from .errors import ArgumentError
 from .linalg.damping import relative_damping
+from .linalg.sides import Side
 
 Rule = Literal["factored", "exact"]
 
@@ -49,7 +50,7 @@ class Damping:
         """The number at ``step``."""
         return _checked(self.value(step), f"damping at step {step}") if callable(self.value) else self.value
 
-    def of(self, A: Tensor, G: Tensor, *, step: int, override: float | None = None) -> Tensor:
+    def of(self, A: Side, G: Side, *, step: int, override: float | None = None) -> Tensor:
         """lambda of one block as a tensor of its leading shape; ``override`` is the layer's own number."""
         value = self.at(step) if override is None else override
         if self.relative:

@@ -80,9 +80,9 @@ def _matrices(layer: Layer, sums: LayerSums | None, heads: int) -> tuple[Tensor,
     """(A, G) sums as tensors of their own; zeros where the layer was not used here."""
     if sums is not None:
         return sums.A, sums.G
-    *groups, d_out, d_in = layer.layout.matrix_shape
     like = layer.weight.new_zeros((), dtype=statistic_dtype(layer.weight.dtype))
-    return like.new_zeros((*groups, d_in, d_in)), like.new_zeros((heads, *groups, d_out, d_out))
+    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
+    return like.new_zeros(of_A), like.new_zeros((heads, *of_G))
 
 
 def _counts(mine: Statistics, flags: Flags, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, overload
 
@@ -151,7 +152,10 @@ def _request(single: Pass, words: list[str]) -> dict[str, Any]:
         "samples": single.samples,
         "seed": single.draws.seed,
         "dtype": str(single.dtype),
-        "layers": {name: [list(one.layout.matrix_shape), one.sharing] for name, one in single.layers.items()},
+        "layers": {
+            name: [list(one.layout.matrix_shape), one.sharing, one.max_factor_dim]
+            for name, one in single.layers.items()
+        },
         "model": digest_of_model(single.model),
     }
 
@@ -179,13 +183,20 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
         if not any(fnmatchcase(name, pattern) for name in found):
             raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
     wanted = {
-        name: layer
+        name: _limited(layer, options.max_factor_dim)
         for name, layer in found.items()
         if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     if not wanted:
         raise CoverageError(f"{type(model).__name__} has no layer that can be covered: see kc.coverage(model)")
     return wanted
+
+
+def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:
+    """The layer with a largest side, where its own rule says none."""
+    if layer.rule.max_factor_dim is not None:
+        return layer
+    return replace(layer, rule=replace(layer.rule, max_factor_dim=max_factor_dim))
 
 
 def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByLayer | Joint:
@@ -197,4 +208,5 @@ def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByL
     for name, structure in structures.items():
         if structure not in COLLECTORS:
             raise ArgumentError(f"rules: layer '{name}' has structure={structure!r}, expected one of {[*COLLECTORS]}")
-    return LayerByLayer(layouts, structures, twice=twice)
+    limits = {name: layer.max_factor_dim for name, layer in layers.items()}
+    return LayerByLayer(layouts, structures, twice=twice, limits=limits)

@@ -19,7 +19,6 @@ from .layers.sharing import (
     reduced_input_moment,
 )
 from .layers.survey import Layer
-from .linalg.moments import second_moment
 from .statistics import LayerSums, statistic_dtype
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -106,7 +105,9 @@ class Forward:
             inputs = masked(a, use.keep).sum()
             count = torch.ones_like(inputs)
         elif layer.sharing == "expand":
-            inputs, count = expanded_input_moment(a, use.keep, bias=layer.layout.bias is not None)
+            inputs, count = expanded_input_moment(
+                a, use.keep, bias=layer.layout.bias is not None, moment=layer.input_moment
+            )
         else:
             inputs, count = pooled_inputs(a, use.keep)
         entry = self.entries.get(layer.name)
@@ -138,7 +139,7 @@ def add_gradients(
             _accumulate(sums, layer, g.sum(), place)
             continue
         if layer.sharing == "expand":
-            _accumulate(sums, layer, expanded_gradient_moment(g), place)
+            _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)
             continue
         if g.shape[-3] != examples:
             raise CaptureError(
@@ -149,7 +150,7 @@ def add_gradients(
         total = g.sum(dim=-2)
         pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
     for layer, total in pooled.values():
-        _accumulate(sums, layer, second_moment(total), place)
+        _accumulate(sums, layer, layer.gradient_moment(total), place)
     if wanted is not None and uses:
         wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, place.weight, place.slot)
 
@@ -204,7 +205,9 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
             inputs, count = inputs + entry.inputs, count + entry.count
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
-            inputs, count = reduced_input_moment(inputs, count, bias=layer.layout.bias is not None)
+            inputs, count = reduced_input_moment(
+                inputs, count, bias=layer.layout.bias is not None, moment=layer.input_moment
+            )
         mine.A, mine.A_count = inputs, count
 
 

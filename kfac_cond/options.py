@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_seed, described, settings_of
+from .checks import check_seed, described, is_size, settings_of
 from .data import Data
 from .errors import ArgumentError
 
@@ -25,8 +25,8 @@ class Options:
 
     Args:
         layers: pattern or patterns (``fnmatch``) of the layers wanted; None for all.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, structure=)}; ``structure``
-            is for structure='mixed'.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, max_factor_dim=, structure=)};
+            ``structure`` is for structure='mixed'.
         seed: seed of the label draws; None takes ``torch.initial_seed()``.
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
         second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
@@ -36,6 +36,8 @@ class Options:
         partial: path of a file in which the estimate notes how far it got, between batches. Where it is there, the same
             call goes on from it, to bitwise the same result; it is gone once the estimate is complete.
         data: where to find masks, positions and outputs in a batch.
+        max_factor_dim: size of the largest side of a Kronecker product that is kept whole; a larger one is kept as its
+            diagonal. A layer's rule goes before it; None takes 16 384.
     """
 
     layers: str | Sequence[str] | None = None
@@ -47,6 +49,7 @@ class Options:
     progress: bool | None = None
     partial: str | PathLike[str] | None = None
     data: Data | None = None
+    max_factor_dim: int | None = None
 
     def __post_init__(self) -> None:
         patterns = [self.layers] if isinstance(self.layers, str) else self.layers
@@ -65,3 +68,7 @@ class Options:
         if not (self.partial is None or isinstance(self.partial, str | PathLike)):
             raise ArgumentError(f"Options(partial={self.partial!r}): expected the path of a file, or None")
         settings_of(self.data, Data, "Options.data")
+        if not (self.max_factor_dim is None or is_size(self.max_factor_dim)):
+            raise ArgumentError(
+                f"Options(max_factor_dim={self.max_factor_dim!r}): expected a whole number >= 1, or None"
+            )

@@ -35,6 +35,7 @@ from .heads import (
 from .hooks import hook_owners
 from .layers.survey import Layer
 from .likelihoods import Product
+from .linalg.sides import stored_identity
 from .options import Batches, Kind, Options
 from .partial import Partial, digest_of_batch, random_state, restore_random_state
 from .progress import tracked
@@ -339,8 +340,9 @@ class Pass:
                 continue
             A = sums.A / sums.A_count
             if self.kind == "forward_only":
-                G = torch.eye(layer.layout.d_out, dtype=A.dtype, device=A.device)
-                G = G.expand(*layer.layout.matrix_shape[:-2], *G.shape).contiguous()
+                _, shape = layer.layout.side_shapes(layer.max_factor_dim)
+                leading = len(layer.layout.matrix_shape) - 2
+                G = stored_identity(shape, leading=leading, like=A)
             else:
                 G = combined(sums.G, scales)
             factors[name] = KroneckerBlock(layer.layout, A, G, name=name)

@@ -52,7 +52,7 @@ class KFAC:
         damping: lambda of F + lambda I, a number, a callable of the step, or ``kc.Damping``.
         schedule: what is done at which step; default ``Schedule()``.
         structure: 'kfac'.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, damping=, exclude=)}.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, damping=, exclude=, max_factor_dim=)}.
         trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
@@ -379,7 +379,7 @@ class KFAC:
         self._unused = self._average.unused()
         blocks = {name: block for name, block in self._blocks().items() if name not in self._unused}
         dampings = {
-            name: self.damping.of(block.A, block.G, step=self._clock.at_most, override=self.layers[name].rule.damping)
+            name: self.damping.of(*block.sides, step=self._clock.at_most, override=self.layers[name].rule.damping)
             for name, block in blocks.items()
         }
         inverses, rungs = damped_inverses_of(blocks, dampings, rule=self.damping.rule, previous=self._inverses)

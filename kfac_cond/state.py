@@ -130,7 +130,8 @@ def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slot
 def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
     if inverse is None:
         return None
-    return {"structure": type(inverse).__name__, **{key: getattr(inverse, key) for key in _STORED[type(inverse)]}}
+    held = {key: tensor for key in _STORED[type(inverse)] if (tensor := getattr(inverse, key)) is not None}
+    return {"structure": type(inverse).__name__, **held}
 
 
 def _check_format(saved: object) -> None:
@@ -192,10 +193,13 @@ def _whole_average(name: str, entry: object) -> Mapping[str, Tensor]:
 
 def _loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
     if isinstance(entry, Mapping):
+        # The basis of a side that is a diagonal is the identity, which is not stored.
+        none = {f"basis_{side}" for side in layer.diagonal_sides}
         for structure, keys in _STORED.items():
-            if entry.get("structure") == structure.__name__ and set(keys) <= set(entry):
-                sides = _placed(name, layer, {key: entry[key] for key in keys})
-                return structure(layer.layout, **sides, name=name)  # type: ignore[call-arg]
+            if entry.get("structure") == structure.__name__ and set(keys) <= set(entry) | none:
+                sides = _placed(name, layer, {key: entry[key] for key in keys if key in entry})
+                absent = {key: None for key in keys if key not in sides}
+                return structure(layer.layout, **sides, **absent, name=name)  # type: ignore[call-arg]
     found = entry.get("structure") if isinstance(entry, Mapping) else type(entry).__name__
     raise StateError(
         f"layer '{name}': an inverse of structure {found!r}, expected one of "
@@ -210,12 +214,12 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
     """
     heads = () if slots is None else (len(slots),)
     device, dtype = layer.weight.device, statistic_dtype(layer.weight.dtype)
-    *groups, d_out, d_in = layer.layout.matrix_shape
+    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
     shapes = {
-        "A": (*groups, d_in, d_in),
-        "G": (*heads, *groups, d_out, d_out),
-        "basis_A": (*groups, d_in, d_in),
-        "basis_G": (*groups, d_out, d_out),
+        "A": of_A,
+        "G": (*heads, *of_G),
+        "basis_A": of_A,
+        "basis_G": of_G,
         "values": layer.layout.matrix_shape,
         "A_weight": (),
         "G_weight": heads,
@@ -225,7 +229,10 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shapes[key]:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise StateError(f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}")
+            raise StateError(
+                f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}: load it into the "
+                f"model that was saved, with the same rules, max_factor_dim among them"
+            )
         kind = tensor.dtype if key == "A_count" else count_dtype(device) if key.endswith("_weight") else dtype
         placed[key] = torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor)
     return placed

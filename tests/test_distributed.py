@@ -65,6 +65,32 @@ def heads_step(rows: slice) -> kc.KFAC:
     return kfac
 
 
+class Sometimes(nn.Module):
+    """One rank of the two uses all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) if len(x) == 3 else self.first(x)
+
+
+def diagonal_step(*shards: slice) -> kc.KFAC:
+    """A step over micro-batches, with sides that are kept as diagonals."""
+    model = Sometimes()
+    rules = {"first": {"max_factor_dim": 4}, "second": {"max_factor_dim": 2}}
+    kfac = kc.KFAC(model, "categorical", schedule=kc.Schedule(factors=1, inverses=1), rules=rules)
+    for rows in shards:
+        x, y, drawn = (part[rows] for part in batches())
+        outputs = model(x)
+        kfac.update(outputs, draws=drawn)
+        nn.functional.cross_entropy(outputs, y).backward()
+    kfac.precondition()
+    return kfac
+
+
 def factors(kfac: kc.KFAC) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (block.A, block.G) for name, block in kfac.fisher().items()}
 
@@ -107,6 +133,7 @@ def worker(rank: int, folder: str) -> None:
     if rank == 1:
         poisoned[0].weight.data[0, 0] = torch.nan
     found["poisoned"] = factors(one_step(poisoned, kc.Categorical(), SHARDS[rank]))
+    found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
     found["uniform"] = torch.rand(4, generator=generator)
@@ -152,6 +179,15 @@ def test_heads_of_uneven_ranks_are_those_of_one_process(results, layer, rank):
 def test_a_rank_that_is_not_finite_adds_nothing(results, side, rank):
     expected = factors(one_step(network(), kc.Categorical(), SHARDS[0]))
     assert_same(results[rank]["poisoned"]["2"][side], expected["2"][side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("layer", ["first", "second"])
+@pytest.mark.parametrize("side", [0, 1], ids=["A", "G"])
+def test_sides_that_are_diagonals_add_up_also_where_a_rank_does_not_use_them(results, side, layer, rank):
+    block = diagonal_step(*SHARDS).fisher()[layer]
+    assert block.diagonal_sides == {"first": ("A",), "second": ("A", "G")}[layer]
+    assert_same(results[rank]["diagonal"][layer][side], (block.A, block.G)[side])
 
 
 def test_static_graph_keeps_ranks_equal(results):

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 
+MAX_FACTOR_DIM = 16_384
+"""Size of the largest side that is kept whole where nothing else is said; a larger one is kept as its diagonal.
+
+In float32 such a matrix takes 1 GiB, and a layer holds several (sums, moving average, inverse). Nearly all hidden
+layers are below it, vocabularies above.
+"""
+
 
 @dataclass(frozen=True)
 class WeightLayout:
@@ -75,6 +82,17 @@ class WeightLayout:
     def numel(self) -> int:
         """Number of trainable parameters."""
         return prod(self.matrix_shape)
+
+    def side_shapes(self, max_factor_dim: int = MAX_FACTOR_DIM) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the input side and of the output side of a Kronecker product over the matrix.
+
+        Args:
+            max_factor_dim: the largest side that is a matrix, [*groups, d, d]; a larger one is a diagonal,
+                [*groups, d].
+        """
+        *groups, d_out, d_in = self.matrix_shape
+        inputs, outputs = ((*groups, d) if d > max_factor_dim else (*groups, d, d) for d in (d_in, d_out))
+        return inputs, outputs
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensors of ``names`` (gradients, directions, values) as one matrix of ``matrix_shape``."""

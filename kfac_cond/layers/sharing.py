@@ -6,11 +6,20 @@ user's loss: A is always a plain mean, everything else is in G.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ..linalg.moments import second_moment
+
+
+class Moment(Protocol):
+    """How outer products are summed over rows: ``second_moment``, or ``second_moment_diagonal`` for a large side."""
+
+    def __call__(self, x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
+        """The sum over rows of x."""
 
 
 def kept(positions: Tensor | None, batch: int, count: int) -> Tensor | None:
@@ -31,21 +40,22 @@ def kept(positions: Tensor | None, batch: int, count: int) -> Tensor | None:
     return None
 
 
-def expanded_input_moment(a: Tensor, keep: Tensor | None, *, bias: bool) -> tuple[Tensor, Tensor]:
+def expanded_input_moment(
+    a: Tensor, keep: Tensor | None, *, bias: bool, moment: Moment = second_moment
+) -> tuple[Tensor, Tensor]:
     """The sum over valid positions of a a^T, with the feature 1 last where there is a bias, and their number.
 
     Args:
         a: [..., batch, positions, d_in].
         keep: [batch, positions, 1] bool, or None where all positions are real.
+        bias: whether there is one.
+        moment: how the outer products are summed.
     """
+    rows = rearrange(masked(a, keep), "... n s d -> ... (n s) d")
     if keep is None:
-        rows = rearrange(a, "... n s d -> ... (n s) d")
-        return second_moment(rows, ones=bias), _count(a, rows.shape[-2])
-    moment = second_moment(rearrange(masked(a, keep), "... n s d -> ... (n s) d"), ones=bias)
+        return moment(rows, ones=bias), _count(a, rows.shape[-2])
     count = keep.sum()
-    if bias:
-        moment[..., -1, -1] = count.to(moment.dtype)
-    return moment, count
+    return moment(rows, ones=bias, count=count), count
 
 
 def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,19 +65,20 @@ def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     return masked(a, keep).sum(dim=-2), keep.sum(dim=-2).to(a.dtype)
 
 
-def reduced_input_moment(sums: Tensor, counts: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
+def reduced_input_moment(
+    sums: Tensor, counts: Tensor, *, bias: bool, moment: Moment = second_moment
+) -> tuple[Tensor, Tensor]:
     """The sum over examples of the outer product of the mean activation, and the number of examples that have one.
 
     Args:
         sums: [..., batch, d_in], activations summed over positions, and over the uses of the layer.
         counts: [batch, 1], the number of terms of each sum.
+        bias: whether there is one.
+        moment: how the outer products are summed.
     """
-    moment = second_moment(sums / counts.clamp(min=1), ones=bias)
+    # An example without any valid position has no constant feature either.
     present = (counts > 0).sum()
-    if bias:
-        # An example without any valid position has no constant feature either.
-        moment[..., -1, -1] = present.to(moment.dtype)
-    return moment, present
+    return moment(sums / counts.clamp(min=1), ones=bias, count=present), present
 
 
 def masked(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -75,9 +86,9 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x.masked_fill(~keep, 0.0)
 
 
-def expanded_gradient_moment(g: Tensor) -> Tensor:
+def expanded_gradient_moment(g: Tensor, moment: Moment = second_moment) -> Tensor:
     """The sum over examples and positions of g g^T; g is [..., batch, positions, d_out]."""
-    return second_moment(rearrange(g, "... n s d -> ... (n s) d"))
+    return moment(rearrange(g, "... n s d -> ... (n s) d"))
 
 
 def _count(like: Tensor, number: int) -> Tensor:

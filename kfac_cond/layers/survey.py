@@ -10,12 +10,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked_rules, is_damping
+from ..checks import checked_rules, is_damping, is_size
 from ..errors import ArgumentError, ModelChangedError
+from ..linalg.moments import second_moment, second_moment_diagonal
 from . import kind_of, overridden
 from .base import LayerKind
-from .layout import WeightLayout
+from .layout import MAX_FACTOR_DIM, WeightLayout
 from .naming import join, named_modules
+from .sharing import Moment
 
 Sharing = Literal["expand", "reduce"]
 
@@ -29,12 +31,14 @@ class LayerRule:
         sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
         damping: this layer's damping in place of the preconditioner's.
         exclude: leave the layer's gradient as it is.
+        max_factor_dim: size of the largest side that is kept whole; a larger one is kept as its diagonal.
     """
 
     structure: str | None = None
     sharing: Sharing | None = None
     damping: float | None = None
     exclude: bool = False
+    max_factor_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,27 @@ class Layer:
     def sharing(self) -> Sharing:
         """How positions enter the factors."""
         return self.rule.sharing or "expand"
+
+    @property
+    def max_factor_dim(self) -> int:
+        """Size of the largest side that is kept whole."""
+        return MAX_FACTOR_DIM if self.rule.max_factor_dim is None else self.rule.max_factor_dim
+
+    @property
+    def diagonal_sides(self) -> dict[str, int]:
+        """The sides that are kept as their diagonals, 'A' or 'G', with their sizes."""
+        sides = {"A": self.layout.d_in, "G": self.layout.d_out}
+        return {side: size for side, size in sides.items() if size > self.max_factor_dim}
+
+    @property
+    def input_moment(self) -> Moment:
+        """How the outer products of its inputs are summed."""
+        return second_moment_diagonal if "A" in self.diagonal_sides else second_moment
+
+    @property
+    def gradient_moment(self) -> Moment:
+        """How the outer products of its output gradients are summed."""
+        return second_moment_diagonal if "G" in self.diagonal_sides else second_moment
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -91,7 +116,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Row:
-    """One trainable parameter of a coverage table."""
+    """One trainable parameter of a coverage table; one that is covered has a reason where a side is a diagonal."""
 
     path: str
     kind: str
@@ -197,6 +222,7 @@ def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
         "damping": (lambda value: value is None or is_damping(value), "a finite number >= 0"),
         "structure": (lambda value: value is None or isinstance(value, str), "the name of a structure"),
         "exclude": (lambda value: isinstance(value, bool), "True or False"),
+        "max_factor_dim": (lambda value: value is None or is_size(value), "a whole number >= 1"),
     }
     for key, value in rule.items():
         allowed, expected = fits[key]
@@ -271,9 +297,21 @@ def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer | None, refus
     path = join(first.owner, first.attribute)
     size = 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
     if layer is not None:
-        return Row(path, layer.kind.name, size, True)
+        return Row(path, layer.kind.name, size, True, *_as_diagonals(layer))
     reason, remedy = refused or _without_form(first.module, parameter)
     return Row(path, type(first.module).__name__, size, False, reason, remedy)
+
+
+def _as_diagonals(layer: Layer) -> tuple[str, str]:
+    """Which sides of a layer are kept as their diagonals, with the remedy; two empty texts where none is."""
+    sides = layer.diagonal_sides
+    if not sides:
+        return "", ""
+    said = " and ".join(f"side {side} of {size:,}" for side, size in sides.items())
+    return (
+        f"{said} as diagonal: more than max_factor_dim={layer.max_factor_dim:,}",
+        f"max_factor_dim={max(sides.values())} in a rule, to keep it whole",
+    )
 
 
 def _without_form(module: nn.Module, parameter: nn.Parameter) -> tuple[str, str]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .moments import trace
+from .sides import Side
 
 
-def factored_damping(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+def factored_damping(A: Side, G: Side, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """The factors' own dampings: A + pi sqrt(lambda) I and G + sqrt(lambda) / pi I.
 
     pi^2 = (tr A / dim A) / (tr G / dim G), so that the product is unchanged under A -> c A, G -> G / c. Where a trace
@@ -36,7 +37,7 @@ def factored_damping(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Ten
     return pi * root, root / pi
 
 
-def mean_eigenvalue(A: Tensor, G: Tensor) -> Tensor:
+def mean_eigenvalue(A: Side, G: Side) -> Tensor:
     """The mean eigenvalue of G (x) A: tr A tr G / (dim A dim G).
 
     Args:
@@ -49,7 +50,7 @@ def mean_eigenvalue(A: Tensor, G: Tensor) -> Tensor:
     return (trace(A) / A.shape[-1]) * (trace(G) / G.shape[-1])
 
 
-def relative_damping(A: Tensor, G: Tensor, fraction: float | Tensor, floor: float) -> Tensor:
+def relative_damping(A: Side, G: Side, fraction: float | Tensor, floor: float) -> Tensor:
     """A damping that follows the scale of the block: a fraction of its mean eigenvalue, and never below a floor.
 
     Args:

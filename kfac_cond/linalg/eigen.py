@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
 from .moments import symmetrise, trace
+from .sides import Diagonal, Side, identity_like
 
 __all__ = ["Eigenbasis", "Rung", "eigenbases", "from_eigenbasis"]
 
-Eigenbasis = tuple[Tensor, Tensor]
-"""(eigenvalues [..., d], ascending and not negative; basis [..., d, d], the eigenvectors in its columns)."""
+Eigenbasis = tuple[Tensor, Tensor | None]
+"""(eigenvalues [..., d], not negative; basis [..., d, d], the eigenvectors in its columns).
+
+The eigenvalues ascend; those of a diagonal matrix are in its own order, and its basis, the identity, is None.
+"""
 
 JITTER = 10.0
 """What the rung with more on the diagonal adds, in multiples of eps tr / d: little beside eigh's own round-off."""
 
 
 def eigenbases(
-    matrices: Sequence[Tensor], previous: Sequence[Eigenbasis | None] | None = None
+    matrices: Sequence[Side], previous: Sequence[Eigenbasis | None] | None = None
 ) -> tuple[list[Eigenbasis], list[Rung]]:
     """Eigenvalues and eigenvectors of each matrix, and how far up the ladder each had to go.
 
@@ -31,7 +36,7 @@ def eigenbases(
     that of the identity.
 
     Args:
-        matrices: symmetric, [..., d, d] each, any d, float32 or float64.
+        matrices: symmetric, [..., d, d] each, any d, float32 or float64; whole or ``Diagonal``.
         previous: for each matrix its last eigenbasis, or None.
 
     Returns:
@@ -53,25 +58,42 @@ def eigenbases(
     for index, matrix in enumerate(matrices):
         if index not in rungs:
             bases[index], rungs[index] = _stand_in(matrix, stand_ins[index])
-    ordered = [(bases[i][0].to(m.dtype), bases[i][1].to(m.dtype)) for i, m in enumerate(matrices)]
+    ordered = [_cast(bases[index], matrix.dtype) for index, matrix in enumerate(matrices)]
     return ordered, [rungs[i] for i in range(len(matrices))]
 
 
-def from_eigenbasis(eigenvalues: Tensor, basis: Tensor) -> Tensor:
+@overload
+def from_eigenbasis(eigenvalues: Tensor, basis: Tensor) -> Tensor: ...
+
+
+@overload
+def from_eigenbasis(eigenvalues: Tensor, basis: Tensor | None) -> Side: ...
+
+
+def from_eigenbasis(eigenvalues: Tensor, basis: Tensor | None) -> Side:
     """The symmetric matrix U diag(values) U^T.
 
     Args:
         eigenvalues: [..., d], or any function of them.
-        basis: [..., d, d], orthonormal columns.
+        basis: [..., d, d], orthonormal columns; None for the identity.
 
     Returns:
-        [..., d, d], exactly symmetric.
+        [..., d, d], exactly symmetric; a ``Diagonal`` where there is no basis.
     """
+    if basis is None:
+        return Diagonal(eigenvalues)
     return symmetrise((basis * eigenvalues.unsqueeze(-2)) @ basis.mT)
 
 
-def _prepared(matrix: Tensor, rung: Rung) -> Tensor | None:
-    """What a rung hands to eigh, or None where the rung has nothing new to offer."""
+def _cast(basis: Eigenbasis, dtype: torch.dtype) -> Eigenbasis:
+    values, vectors = basis
+    return values.to(dtype), None if vectors is None else vectors.to(dtype)
+
+
+def _prepared(matrix: Side, rung: Rung) -> Side | None:
+    """What a rung tries to decompose, or None where the rung has nothing new to offer."""
+    if isinstance(matrix, Diagonal):
+        return matrix if rung is Rung.FIRST else None
     if rung is Rung.DOUBLE:
         return matrix.double() if matrix.dtype != torch.float64 and has_float64(matrix.device) else None
     if rung is Rung.MORE_DAMPING:
@@ -80,15 +102,20 @@ def _prepared(matrix: Tensor, rung: Rung) -> Tensor | None:
     return matrix
 
 
-def _decompose(matrices: Mapping[int, Tensor]) -> dict[int, Eigenbasis]:
+def _decompose(matrices: Mapping[int, Side]) -> dict[int, Eigenbasis]:
     """The eigenbases of those that eigh decomposed, after one read of whether they are finite."""
-    keys, values = list(matrices), list(matrices.values())
-    found: dict[int, Eigenbasis] = {}
+    found: dict[int, Eigenbasis] = {
+        index: (matrix.values.clamp(min=0), None) for index, matrix in matrices.items() if isinstance(matrix, Diagonal)
+    }
+    keys = [index for index in matrices if index not in found]
+    values = [matrix for matrix in matrices.values() if not isinstance(matrix, Diagonal)]
     for group in size_groups(values, range(len(values))):
         found.update(_decompose_group({keys[i]: values[i] for i in group}))
-    flags = [
-        torch.isfinite(torch.linalg.vector_norm(basis) + eigenvalues.sum()) for eigenvalues, basis in found.values()
+    sums = [
+        values.sum() if basis is None else torch.linalg.vector_norm(basis) + values.sum()
+        for values, basis in found.values()
     ]
+    flags = [torch.isfinite(one) for one in sums]
     status = read_status([flag.reshape(1) for flag in flags])
     return {index: basis for (index, basis), ok in zip(found.items(), status, strict=True) if ok}
 
@@ -116,10 +143,12 @@ def _decompose_group(group: Mapping[int, Tensor]) -> dict[int, Eigenbasis]:
     }
 
 
-def _stand_in(matrix: Tensor, previous: Eigenbasis | None) -> tuple[Eigenbasis, Rung]:
+def _stand_in(matrix: Side, previous: Eigenbasis | None) -> tuple[Eigenbasis, Rung]:
     """The previous eigenbasis, or the identity's."""
     if previous is not None:
         return previous, Rung.PREVIOUS
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    basis = identity.expand(matrix.shape).contiguous()
-    return (torch.ones_like(basis[..., 0]), basis), Rung.IDENTITY
+    identity = identity_like(matrix)
+    return (
+        identity.diagonal(dim1=-2, dim2=-1).clone(),
+        None if isinstance(identity, Diagonal) else identity,
+    ), Rung.IDENTITY

@@ -1,14 +1,16 @@
-"""Damped inverses by Cholesky, batched over equal sizes, with a ladder for those that fail."""
+"""Damped inverses by Cholesky, or entry by entry, batched over equal sizes, with a ladder for those that fail."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
 from .moments import symmetrise, trace
+from .sides import Diagonal, Side, identity_like
 
 __all__ = ["Rung", "damped_inverses"]
 
@@ -17,8 +19,8 @@ MORE_DAMPING = (10.0, 100.0)
 
 
 def damped_inverses(
-    matrices: Sequence[Tensor], dampings: Sequence[Tensor], previous: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[Rung]]:
+    matrices: Sequence[Side], dampings: Sequence[Tensor], previous: Sequence[Side | None]
+) -> tuple[list[Side], list[Rung]]:
     """(M + damping I)^-1 of each matrix, and how far up the ladder each had to go.
 
     Matrices of one size, dtype and device go through one factorisation. The host reads one status for the whole call,
@@ -28,19 +30,20 @@ def damped_inverses(
     whole.
 
     Args:
-        matrices: symmetric, [..., d, d] each, any d, float32 or float64.
+        matrices: symmetric, [..., d, d] each, any d, float32 or float64; whole or ``Diagonal``.
         dampings: for each matrix what is added to its diagonal; a tensor that broadcasts to its leading dimensions.
         previous: for each matrix its last inverse, or None.
 
     Returns:
-        (inverses, rungs): exactly symmetric, of the shape, dtype and device of the matrices; ``Rung`` per matrix.
+        (inverses, rungs): exactly symmetric, of the shape, dtype, device and storage of the matrices; ``Rung`` per
+        matrix.
 
     Raises:
         ValueError: where the three sequences differ in length.
     """
     if not len(matrices) == len(dampings) == len(previous):
         raise ValueError(f"{len(matrices)} matrices, {len(dampings)} dampings and {len(previous)} previous inverses")
-    inverses: dict[int, Tensor] = {}
+    inverses: dict[int, Side] = {}
     rungs: dict[int, Rung] = {}
 
     def climb(rung: Rung, indices: Sequence[int], dampings: Sequence[Tensor], *, double: bool = False) -> None:
@@ -63,13 +66,13 @@ def damped_inverses(
 
 
 def _try(
-    matrices: Sequence[Tensor], dampings: Sequence[Tensor], indices: Sequence[int], *, double: bool
-) -> dict[int, Tensor]:
+    matrices: Sequence[Side], dampings: Sequence[Tensor], indices: Sequence[int], *, double: bool
+) -> dict[int, Side]:
     """The inverses of those indices that factorised, after one read of all their statuses."""
-    results: dict[int, Tensor] = {}
+    results: dict[int, Side] = {}
     flags: list[Tensor] = []
     for group in size_groups(matrices, indices):
-        batch, succeeded = _cholesky_inverses(
+        batch, succeeded = _inverses(
             [matrices[i] for i in group], [dampings[i] for i in group], dtype=torch.float64 if double else None
         )
         results.update(zip(group, batch, strict=True))
@@ -77,6 +80,29 @@ def _try(
     # Results are in the order of their groups, as the flags are.
     status = read_status(flags)
     return {index: inverse for (index, inverse), ok in zip(results.items(), status, strict=True) if ok}
+
+
+def _inverses(
+    matrices: Sequence[Side], dampings: Sequence[Tensor], *, dtype: torch.dtype | None
+) -> tuple[Sequence[Side], Tensor]:
+    """Inverses of matrices of one size and storage, and a flag for each: positive definite, and finite."""
+    if isinstance(matrices[0], Diagonal):
+        return _reciprocals(cast("Sequence[Diagonal]", matrices), dampings, dtype=dtype)
+    return _cholesky_inverses(cast("Sequence[Tensor]", matrices), dampings, dtype=dtype)
+
+
+def _reciprocals(
+    matrices: Sequence[Diagonal], dampings: Sequence[Tensor], *, dtype: torch.dtype | None
+) -> tuple[list[Diagonal], Tensor]:
+    """``_inverses`` of diagonal matrices."""
+    inverses, flags = [], []
+    for matrix, damping in zip(matrices, dampings, strict=True):
+        values = matrix.values.to(dtype)
+        damped = values + damping.to(values).unsqueeze(-1)
+        inverse = damped.reciprocal().to(matrix.dtype)
+        inverses.append(Diagonal(inverse))
+        flags.append((torch.isfinite(damped) & (damped > 0) & torch.isfinite(inverse)).all())
+    return inverses, torch.stack(flags)
 
 
 def _cholesky_inverses(
@@ -107,20 +133,19 @@ def _cholesky_inverses(
     return inverses, torch.stack(finite) & torch.stack(positive)
 
 
-def _raised(matrix: Tensor, damping: Tensor, factor: float) -> Tensor:
+def _raised(matrix: Side, damping: Tensor, factor: float) -> Tensor:
     """``factor`` times the damping, or times the matrix's own round-off where that is more."""
     round_off = trace(matrix) * (torch.finfo(matrix.dtype).eps / matrix.shape[-1])
     return torch.maximum(damping.to(round_off), round_off) * factor
 
 
-def _widens(matrix: Tensor) -> bool:
+def _widens(matrix: Side) -> bool:
     """Whether float64 is wider than what the matrix has, and there."""
     return matrix.dtype != torch.float64 and has_float64(matrix.device)
 
 
-def _stand_in(matrix: Tensor, previous: Tensor | None) -> tuple[Tensor, Rung]:
+def _stand_in(matrix: Side, previous: Side | None) -> tuple[Side, Rung]:
     """The previous inverse, or the identity."""
     if previous is not None:
         return previous, Rung.PREVIOUS
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return identity.expand(matrix.shape).contiguous(), Rung.IDENTITY
+    return identity_like(matrix), Rung.IDENTITY

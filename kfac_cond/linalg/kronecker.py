@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from einops import einsum, rearrange
 from torch import Tensor
 
+from .sides import Side
 
-def kronecker_matmul(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
+
+def kronecker_matmul(left: Side, v: Tensor, right: Side) -> Tensor:
     """(left (x) right^T) vec(v) as a matrix: left v right, for row-major vec.
 
     With left = G and right = A, symmetric, it is the product of the block G (x) A with v.

@@ -8,6 +8,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .sides import Diagonal, Side
+
 
 class Rung(IntEnum):
     """How far a factorisation had to climb before it gave a usable result."""
@@ -29,12 +31,16 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def size_groups(matrices: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:
-    """The indices of matrices that can share one batched call: same size, dtype and device, in order of appearance."""
-    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+def size_groups(matrices: Sequence[Side], indices: Sequence[int]) -> list[list[int]]:
+    """The indices of matrices that can share one batched call, in order of appearance.
+
+    They have one size, dtype and device, and are whole all or diagonal all.
+    """
+    groups: dict[tuple[bool, int, torch.dtype, torch.device], list[int]] = {}
     for index in indices:
         matrix = matrices[index]
-        groups.setdefault((matrix.shape[-1], matrix.dtype, matrix.device), []).append(index)
+        key = (isinstance(matrix, Diagonal), matrix.shape[-1], matrix.dtype, matrix.device)
+        groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 

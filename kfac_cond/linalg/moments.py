@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sides import Side
+
 
 def symmetrise(matrix: Tensor) -> Tensor:
     """The symmetric part (M + M^T) / 2, symmetric to the last bit, as a tensor of its own.
@@ -15,7 +17,7 @@ def symmetrise(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT).mul_(0.5)
 
 
-def second_moment(x: Tensor, *, ones: bool = False) -> Tensor:
+def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
     """The sum over n of x_n x_n^T, or of [x_n, 1] [x_n, 1]^T: a sum, not a mean.
 
     Run it with autocast disabled: autocast would do the product in half precision whatever the dtype of ``x``.
@@ -23,6 +25,7 @@ def second_moment(x: Tensor, *, ones: bool = False) -> Tensor:
     Args:
         x: [..., n, d], float32 or wider; n may be 0.
         ones: append the constant feature 1, as a layer with a bias does to its input.
+        count: how many rows have that feature, 0-d; the others are zero. None for all of them.
 
     Returns:
         [..., d, d], or [..., d + 1, d + 1] with ``ones``; exactly symmetric, dtype and device of ``x``.
@@ -39,11 +42,24 @@ def second_moment(x: Tensor, *, ones: bool = False) -> Tensor:
     bordered[..., :d, :d].copy_(moment)
     bordered[..., :d, d].copy_(column_sums)
     bordered[..., d, :d].copy_(column_sums)
-    bordered[..., d, d].fill_(float(n))
+    corner = bordered[..., d, d]
+    if count is None:
+        corner.fill_(float(n))
+    else:
+        corner.copy_(count)
     return bordered
 
 
-def trace(matrix: Tensor) -> Tensor:
+def second_moment_diagonal(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
+    """The diagonal of ``second_moment``, [..., d] or [..., d + 1], without the matrix; arguments as there."""
+    squares = x.square().sum(dim=-2)
+    if not ones:
+        return squares
+    last = squares.new_full((), x.shape[-2]) if count is None else count.to(squares.dtype)
+    return torch.cat([squares, last.expand(*squares.shape[:-1], 1)], dim=-1)
+
+
+def trace(matrix: Side) -> Tensor:
     """The trace of each matrix.
 
     Args:

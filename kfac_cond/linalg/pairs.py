@@ -56,6 +56,24 @@ def input_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
     return symmetrise(moment)
 
 
+def input_moment_diagonal(a: Tensor, g: Tensor) -> Tensor:
+    """The diagonal of ``input_moment``, [..., i], without a matrix of that side; in the cheaper of the two orders."""
+    positions, d_out, d_in = a.shape[-2], g.shape[-1], a.shape[-1]
+    if positions * (d_out + d_in) <= d_out * d_in:
+        return (a * ((g @ g.mT) @ a)).sum(dim=(-3, -2))
+    return squared_gradients(a, g).sum(dim=-2)
+
+
+def rotated(x: Tensor, basis: Tensor | None) -> Tensor:
+    """One half of the pairs in another basis, [..., n, s, d]; V_n of both halves rotated is U_G^T V_n U_A.
+
+    Args:
+        x: a or g, [..., n, s, d].
+        basis: [..., d, d], orthonormal columns; None for the identity.
+    """
+    return x if basis is None else einsum(x, basis, "... n s d, ... d e -> ... n s e")
+
+
 def example_rows(a: Tensor, g: Tensor) -> Tensor:
     """vec(V_n) of every example in the row-major order of the layer's matrix, groups first: [n, P]."""
     v = example_gradients(a, g)

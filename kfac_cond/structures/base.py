@@ -49,6 +49,11 @@ class Block(ABC):
         """The device of what is stored and of every result."""
 
     @property
+    def diagonal_sides(self) -> tuple[str, ...]:
+        """Which of the sides A and G are kept as their diagonals; none where the block has no sides."""
+        return ()
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(P, P)."""
         return (self.layout.numel, self.layout.numel)

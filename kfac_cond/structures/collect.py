@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from einops import einsum
 from torch import Tensor
 
-from ..layers.layout import JointLayout, WeightLayout
+from ..errors import ArgumentError
+from ..layers.layout import MAX_FACTOR_DIM, JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
 from ..linalg.moments import trace
-from ..linalg.pairs import example_rows, input_moment, squared_gradients
+from ..linalg.pairs import example_rows, input_moment, input_moment_diagonal, rotated, squared_gradients
+from ..linalg.sides import as_side
 from ..statistics import combined
 from .base import Block, require_dense
 from .dense import DenseBlock
@@ -52,8 +54,19 @@ class Collector(ABC):
     #: Names of the attributes that hold sums by slot.
     summed: ClassVar[tuple[str, ...]] = ()
 
+    #: Size of the largest side of a Kronecker product that is kept whole.
+    max_factor_dim: int = MAX_FACTOR_DIM
+
     def __init__(self, layout: WeightLayout, name: str) -> None:
         self.layout, self.name = layout, name
+
+    def limit_sides(self, max_factor_dim: int) -> None:
+        """Keep sides up to a size whole; called before anything is added.
+
+        Raises:
+            ArgumentError: a side is larger, and the structure has no use for its diagonal.
+        """
+        self.max_factor_dim = max_factor_dim
 
     def state(self) -> dict[str, Any]:
         """What was taken in, as plain values and tensors."""
@@ -155,6 +168,8 @@ class DenseCollector(SummedCollector):
 class TraceRestrictedCollector(Collector):
     """'tkfac': R = sum V V^T and C = sum V^T V, both exact; R (x) C / tr has their traces, and F's.
 
+    Of a side that is too large the diagonal alone is summed; traces need no more.
+
     Source: Gao et al. 2020 (arXiv:2011.10741), with an example's positions summed before anything is squared.
     """
 
@@ -166,15 +181,20 @@ class TraceRestrictedCollector(Collector):
         self.C: Sums = {}
 
     def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
-        add_to(self.R, slot, input_moment(g, a), weight)
-        add_to(self.C, slot, input_moment(a, g), weight)
+        of_A, of_G = (
+            input_moment_diagonal if d > self.max_factor_dim else input_moment
+            for d in (self.layout.d_in, self.layout.d_out)
+        )
+        add_to(self.R, slot, of_G(g, a), weight)
+        add_to(self.C, slot, of_A(a, g), weight)
 
     def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if not self.R:
             return None
         R, C = combined(self.R, scales), combined(self.C, scales)
-        total = trace(C)[..., None, None]
-        return KroneckerBlock(self.layout, C / torch.where(total > 0, total, 1), R, self.name)
+        total = trace(as_side(C, leading=len(self.layout.matrix_shape) - 2))
+        share = torch.where(total > 0, total, 1).reshape(*total.shape, *[1] * (C.dim() - total.dim()))
+        return KroneckerBlock(self.layout, C / share, R, self.name)
 
 
 class KeepingCollector(Collector):
@@ -230,12 +250,8 @@ class EigenCollector(KeepingCollector):
         if self.basis is None:
             super().add(a, g, weight, slot)
             return
-        # U_G^T V U_A is the weight gradient of the rotated pairs.
-        rotated = [
-            einsum(x, basis, "... n s d, ... d e -> ... n s e")
-            for x, basis in ((a, self.basis.basis_A), (g, self.basis.basis_G))
-        ]
-        add_to(self.sums, slot, squared_gradients(*rotated), weight)
+        a, g = rotated(a, self.basis.basis_A), rotated(g, self.basis.basis_G)
+        add_to(self.sums, slot, squared_gradients(a, g), weight)
 
     def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if factors is None:
@@ -246,7 +262,7 @@ class EigenCollector(KeepingCollector):
                 self.add(*self.kept.pop(0))
         if not self.sums or self.basis is None:
             return None
-        return self.basis.with_values(combined(self.sums, scales))
+        return replace(self.basis, values=combined(self.sums, scales))
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return block.eigen()
@@ -266,6 +282,15 @@ class NearestCollector(KeepingCollector):
     tolerance: ClassVar[float] = 16.0
     #: A of all slots, from which that of a group of draws is one iteration away.
     found: Tensor | None = None
+
+    def limit_sides(self, max_factor_dim: int) -> None:
+        largest = max(self.layout.d_in, self.layout.d_out)
+        if largest > max_factor_dim:
+            raise ArgumentError(
+                f"layer '{self.name}': structure='kpsvd' keeps both sides whole, one of them has {largest} rows, and "
+                f"max_factor_dim is {max_factor_dim}: use 'kfac', 'ekfac' or 'tkfac', which keep its diagonal, or set "
+                f"max_factor_dim={largest} in Options or in a rule for the layer"
+            )
 
     def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if not self.kept:
@@ -320,12 +345,20 @@ class LayerByLayer:
         layouts: the layers' matrices by name, in order.
         structures: the layers' structures by name.
         twice: whether the data come a second time, so that 'ekfac' need not keep pairs.
+        limits: size of the largest side of a Kronecker product that is kept whole, by name.
     """
 
     def __init__(
-        self, layouts: Mapping[str, WeightLayout], structures: Mapping[str, str], *, twice: bool = False
+        self,
+        layouts: Mapping[str, WeightLayout],
+        structures: Mapping[str, str],
+        *,
+        twice: bool = False,
+        limits: Mapping[str, int],
     ) -> None:
         self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
+        for name, one in self.collectors.items():
+            one.limit_sides(limits[name])
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)
         #: The layers that wait for the second pass, and those whose pairs are taken in the pass at hand.
         self.waiting = frozenset(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, NumericalError
 from ..layers.layout import WeightLayout
-from ..linalg.eigen import Eigenbasis, eigenbases, from_eigenbasis
+from ..linalg.eigen import eigenbases, from_eigenbasis
 from ..linalg.ladder import Rung
 from ..linalg.moments import trace
 from .base import Block, Rule, checked_damping, require_eigenpairs, require_regular, require_unfactored
@@ -81,15 +81,16 @@ class DenseBlock(Block):
         return replace(self, matrix=self.matrix.to(target))
 
     @cached_property
-    def _basis(self) -> Eigenbasis:
+    def _basis(self) -> tuple[Tensor, Tensor]:
         """Ascending eigenvalues, clamped at 0, and the eigenvectors in columns."""
-        (basis,), (rung,) = eigenbases([self.matrix])
+        ((values, basis),), (rung,) = eigenbases([self.matrix])
         if rung >= Rung.PREVIOUS:
             raise NumericalError(
                 f"{self.label}: the matrix has no eigenbasis, so it is not finite: look at the data, the labels and "
                 "the outputs it was estimated from"
             )
-        return basis
+        assert basis is not None
+        return values, basis
 
     def _damped(self, damping: float) -> Tensor:
         """The eigenvalues plus the damping, all positive."""

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
+from ..linalg.eigen import from_eigenbasis
 from ..linalg.kronecker import kron, kronecker_matmul
+from ..linalg.sides import Side, as_tensor, columns, identity, whole
 from .base import Block, checked_damping, require_eigenpairs, require_regular
 from .diagonalised import DiagonalisedBlock
 
@@ -21,34 +23,63 @@ class EigenBlock(DiagonalisedBlock):
 
     Args:
         layout: how the layer's parameters sit in its matrix.
-        basis_A: U_A, [d_in, d_in], orthonormal columns; [groups, d_in, d_in] where there are groups.
+        basis_A: U_A, [d_in, d_in], orthonormal columns; [groups, d_in, d_in] where there are groups. None for the
+            identity, as of a side that is diagonal.
         basis_G: U_G, [d_out, d_out] likewise.
         values: eigenvalues, of ``layout.matrix_shape``, none negative: row o and column i belong to column o of U_G and
             column i of U_A.
         name: the layer's name, for messages.
+        values_A: the eigenvalues of the factor A that the basis came from, [d_in] or [groups, d_in]; None where the
+            block is not an estimate's own.
+        values_G: those of G likewise.
 
     Source: George et al. 2018 (arXiv:1806.03884), section 3.
     """
 
     layout: WeightLayout
-    basis_A: Tensor
-    basis_G: Tensor
+    basis_A: Tensor | None
+    basis_G: Tensor | None
     values: Tensor
     name: str = ""
+    values_A: Tensor | None = None
+    values_G: Tensor | None = None
 
     def __post_init__(self) -> None:
-        require_sides(self, self.basis_A, self.basis_G, ("basis_A", "basis_G"))
-        if tuple(self.values.shape) != self.layout.matrix_shape:
-            raise ArgumentError(
-                f"{self.label}: values has shape {tuple(self.values.shape)}, expected {self.layout.matrix_shape}"
-            )
+        *groups, d_out, d_in = self.layout.matrix_shape
+        require_tensors(
+            self,
+            values=(self.layout.matrix_shape,),
+            basis_A=((*groups, d_in, d_in),),
+            basis_G=((*groups, d_out, d_out),),
+            values_A=((*groups, d_in),),
+            values_G=((*groups, d_out),),
+        )
+
+    @property
+    def A(self) -> Tensor:
+        """The factor A that the basis came from, as ``KroneckerBlock.A``.
+
+        Raises:
+            ArgumentError: the block is a function of an estimate's, and has no factors.
+        """
+        return self._factor("A")
+
+    @property
+    def G(self) -> Tensor:
+        """The factor G that the basis came from, as ``KroneckerBlock.G``; errors as for A."""
+        return self._factor("G")
+
+    @property
+    def diagonal_sides(self) -> tuple[str, ...]:
+        return tuple(name for name, basis in (("A", self.basis_A), ("G", self.basis_G)) if basis is None)
 
     def with_values(self, values: Tensor) -> EigenBlock:
-        """The same basis with other eigenvalues, of ``layout.matrix_shape``."""
-        return replace(self, values=values)
+        """The same basis with other eigenvalues, of ``layout.matrix_shape``; another matrix, so without factors."""
+        return replace(self, values=values, values_A=None, values_G=None)
 
     def diagonal(self) -> Tensor:
-        return kronecker_matmul(self.basis_G.square(), self.values, self.basis_A.square().mT)
+        basis_A, basis_G = self._bases
+        return kronecker_matmul(basis_G.square(), self.values, basis_A.square().mT)
 
     def top_eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         require_eigenpairs(self, k)
@@ -56,41 +87,70 @@ class EigenBlock(DiagonalisedBlock):
         # One group always: the code for groups then serves both.
         *_, d_out, d_in = self.layout.matrix_shape
         group, row, column = torch.unravel_index(flat, (self.layout.groups, d_out, d_in))
-        left = self.basis_G.reshape(-1, d_out, d_out)[group, :, row]
-        right = self.basis_A.reshape(-1, d_in, d_in)[group, :, column]
+        basis_A, basis_G = self._bases
+        left, right = columns(basis_G, group, row), columns(basis_A, group, column)
         vectors = self.values.new_zeros(k, self.layout.groups, d_out, d_in)
         vectors[torch.arange(k, device=self.device), group] = einsum(left, right, "k o, k i -> k o i")
         return values, vectors.reshape(k, *self.layout.matrix_shape)
 
     def to(self, target: torch.device | torch.dtype | str) -> EigenBlock:
-        return replace(
-            self, basis_A=self.basis_A.to(target), basis_G=self.basis_G.to(target), values=self.values.to(target)
+        names = ("basis_A", "basis_G", "values", "values_A", "values_G")
+        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor.to(target) for name, tensor in held.items()})
+
+    @property
+    def _bases(self) -> tuple[Side, Side]:
+        """U_A and U_G as matrices."""
+        *groups, d_out, d_in = self.layout.matrix_shape
+        basis_A, basis_G = (
+            identity(torch.Size((*groups, d, d)), self.values) if basis is None else basis
+            for basis, d in ((self.basis_A, d_in), (self.basis_G, d_out))
         )
+        return basis_A, basis_G
+
+    def _factor(self, name: str) -> Tensor:
+        values = getattr(self, f"values_{name}")
+        if values is None:
+            raise ArgumentError(
+                f"{self.label}: it has no {name}, since it was made of another block by a verb, or by hand: take "
+                f"{name} of the block that kc.estimate(structure='ekfac') or KroneckerBlock.eigen() gave"
+            )
+        return as_tensor(from_eigenbasis(values, getattr(self, f"basis_{name}")))
 
     def _product(self, matrix: Tensor) -> Tensor:
-        rotated = kronecker_matmul(self.basis_G.mT, matrix, self.basis_A)
-        return kronecker_matmul(self.basis_G, rotated * self.values, self.basis_A.mT)
+        basis_A, basis_G = self._bases
+        rotated = kronecker_matmul(basis_G.mT, matrix, basis_A)
+        return kronecker_matmul(basis_G, rotated * self.values, basis_A.mT)
 
     def _dense(self) -> Tensor:
-        basis = kron(self.basis_G, self.basis_A)
+        basis_A, basis_G = self._bases
+        basis = kron(whole(basis_G), whole(basis_A))
         return (basis * self.values.flatten(-2).unsqueeze(-2)) @ basis.mT
 
     def _damped(self, damping: float) -> Tensor:
         """The eigenvalues plus the damping, all positive."""
         added = checked_damping(damping)
         if added == 0.0:
-            require_regular(self.values.flatten(-2), self.label, max(self.layout.matrix_shape[-2:]))
+            require_regular(self.values.flatten(-2), self.label, side_of_basis(self.basis_A, self.basis_G))
         return self.values + added
 
 
-def require_sides(block: Block, right: Tensor, left: Tensor, names: tuple[str, str]) -> None:
-    """Refuse an input side and an output side that do not fit the layout, or each other."""
-    *groups, d_out, d_in = block.layout.matrix_shape
-    for name, side, d in ((names[0], right, d_in), (names[1], left, d_out)):
-        if tuple(side.shape) != (*groups, d, d):
-            raise ArgumentError(f"{block.label}: {name} has shape {tuple(side.shape)}, expected {(*groups, d, d)}")
-    if (right.dtype, right.device) != (left.dtype, left.device):
-        raise ArgumentError(
-            f"{block.label}: {names[0]} is {right.dtype} on {right.device}, {names[1]} {left.dtype} on {left.device}; "
-            "expected the same"
-        )
+def side_of_basis(*bases: Tensor | None) -> int:
+    """Size of the largest side that was decomposed, which sets its round-off; 1 where all bases are identities."""
+    return max(1 if basis is None else basis.shape[-1] for basis in bases)
+
+
+def require_tensors(block: Block, **expected: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse fields of a block that have none of the shapes expected, or not one dtype and device; None passes."""
+    held = {name: tensor for name in expected if (tensor := getattr(block, name)) is not None}
+    for name, tensor in held.items():
+        if tuple(tensor.shape) not in expected[name]:
+            shapes = " or ".join(map(str, expected[name]))
+            raise ArgumentError(f"{block.label}: {name} has shape {tuple(tensor.shape)}, expected {shapes}")
+    first, one = next(iter(held.items()))
+    for name, tensor in held.items():
+        if (tensor.dtype, tensor.device) != (one.dtype, one.device):
+            raise ArgumentError(
+                f"{block.label}: {first} is {one.dtype} on {one.device}, {name} {tensor.dtype} on {tensor.device}; "
+                "expected the same"
+            )

@@ -13,8 +13,9 @@ from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
 from ..linalg.inverse import damped_inverses
 from ..linalg.ladder import Rung, read_status
+from ..linalg.sides import Side, identity_like
 from .base import Block, Rule
-from .eigen import EigenBlock
+from .eigen import EigenBlock, side_of_basis
 from .kronecker import KroneckerBlock
 
 
@@ -44,11 +45,11 @@ def damped_inverses_of(
 def _factored(
     blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor], previous: Mapping[str, Block]
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
-    matrices: list[Tensor] = []
+    matrices: list[Side] = []
     added: list[Tensor] = []
     for name, block in blocks.items():
-        matrices += [block.A, block.G]
-        added += factored_damping(block.A, block.G, dampings[name])
+        matrices += block.sides
+        added += factored_damping(*block.sides, dampings[name])
     inverses, rungs = damped_inverses(matrices, added, [None] * len(matrices))
     ended = _higher(blocks, rungs)
     found: dict[str, Block] = {}
@@ -57,20 +58,16 @@ def _factored(
             # Whole: a fresh side beside an old one would be split by another pi.
             found[name], ended[name] = previous[name], Rung.PREVIOUS
         elif ended[name] >= Rung.PREVIOUS:
-            found[name] = replace(block, A=_identity_like(block.A), G=_identity_like(block.G))
+            found[name] = block.with_sides(*map(identity_like, block.sides))
         else:
-            found[name] = replace(block, A=inverses[2 * index], G=inverses[2 * index + 1])
+            found[name] = block.with_sides(*inverses[2 * index : 2 * index + 2])
     return found, ended
-
-
-def _identity_like(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape).contiguous()
 
 
 def _exact(
     blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor], previous: Mapping[str, Block]
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
-    bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in (block.A, block.G)])
+    bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in block.sides])
     ended = _higher(blocks, rungs)
     pairs = dict(zip(blocks, zip(bases[::2], bases[1::2], strict=True), strict=True))
     damped = {name: _damped_values(*pair, dampings[name]) for name, pair in pairs.items()}
@@ -96,9 +93,9 @@ def _damped_values(of_A: Eigenbasis, of_G: Eigenbasis, damping: Tensor) -> tuple
     # With no damping an eigenvalue that is zero but for round-off must not become an infinite step. A block that is
     # all zero has no scale of its own: one leaves its gradient as it is.
     largest = values.amax(dim=(-2, -1), keepdim=True)
-    round_off = largest * (torch.finfo(values.dtype).eps * max(values.shape[-2:]))
+    round_off = largest * (torch.finfo(values.dtype).eps * side_of_basis(of_A[1], of_G[1]))
     least = torch.where(round_off > 0, round_off, 1)
-    asked = values + damping[..., None, None]
+    asked = values + damping[..., None, None].to(values)
     usable = asked > round_off
     return torch.where(usable, asked, least), ~usable.all()
 

@@ -18,8 +18,9 @@ from ..linalg.inverse import damped_inverses
 from ..linalg.kronecker import kron, kronecker_matmul
 from ..linalg.ladder import Rung
 from ..linalg.moments import trace
+from ..linalg.sides import Diagonal, Side, as_side, as_tensor, frobenius_norm, whole
 from .base import Block, Rule, checked_damping, checked_rule, require_regular
-from .eigen import EigenBlock, require_sides
+from .eigen import EigenBlock, require_tensors, side_of_basis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +29,8 @@ class KroneckerBlock(Block):
 
     Args:
         layout: how the layer's parameters sit in its matrix.
-        A: second moment of the layer's input, [d_in, d_in], symmetric; [groups, d_in, d_in] where there are groups.
+        A: second moment of the layer's input, [d_in, d_in], symmetric; [groups, d_in, d_in] where there are groups. A
+            side that is diagonal is stored as [d_in], [groups, d_in], and nothing of the size of its square is formed.
         G: second moment of the scores at the layer's output, [d_out, d_out] likewise; it carries the scale of F.
         name: the layer's name, for messages.
 
@@ -42,7 +44,22 @@ class KroneckerBlock(Block):
     name: str = ""
 
     def __post_init__(self) -> None:
-        require_sides(self, self.A, self.G, ("A", "G"))
+        *groups, d_out, d_in = self.layout.matrix_shape
+        require_tensors(self, A=((*groups, d_in, d_in), (*groups, d_in)), G=((*groups, d_out, d_out), (*groups, d_out)))
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """A and G as matrices, whole or diagonal."""
+        leading = len(self.layout.matrix_shape) - 2
+        return as_side(self.A, leading=leading), as_side(self.G, leading=leading)
+
+    def with_sides(self, A: Side, G: Side) -> KroneckerBlock:
+        """A block of the same layer with other sides."""
+        return replace(self, A=as_tensor(A), G=as_tensor(G))
+
+    @property
+    def diagonal_sides(self) -> tuple[str, ...]:
+        return tuple(name for name, side in zip("AG", self.sides, strict=True) if isinstance(side, Diagonal))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +97,8 @@ class KroneckerBlock(Block):
         return self.eigen().inverse_sqrt(damping=added)
 
     def trace(self) -> Tensor:
-        return (trace(self.A) * trace(self.G)).sum()
+        A, G = self.sides
+        return (trace(A) * trace(G)).sum()
 
     def logdet(self, *, damping: float = 0.0) -> Tensor:
         added = checked_damping(damping)
@@ -93,11 +111,12 @@ class KroneckerBlock(Block):
 
     def frobenius_norm(self) -> Tensor:
         # A sum over groups of |A|^2 |G|^2.
-        norm: Tensor = torch.linalg.vector_norm(torch.linalg.matrix_norm(self.A) * torch.linalg.matrix_norm(self.G))
+        A, G = self.sides
+        norm: Tensor = torch.linalg.vector_norm(frobenius_norm(A) * frobenius_norm(G))
         return norm
 
     def diagonal(self) -> Tensor:
-        diagonal_A, diagonal_G = self.A.diagonal(dim1=-2, dim2=-1), self.G.diagonal(dim1=-2, dim2=-1)
+        diagonal_A, diagonal_G = (side.diagonal(dim1=-2, dim2=-1) for side in self.sides)
         return einsum(diagonal_G, diagonal_A, "... o, ... i -> ... o i")
 
     def eigenvalues(self) -> Tensor:
@@ -112,7 +131,7 @@ class KroneckerBlock(Block):
     @cached_property
     def _bases(self) -> list[Eigenbasis]:
         """The eigenbases of A and of G."""
-        bases, rungs = eigenbases([self.A, self.G])
+        bases, rungs = eigenbases(self.sides)
         for factor, rung in zip("AG", rungs, strict=True):
             if rung >= Rung.PREVIOUS:
                 raise NumericalError(
@@ -125,22 +144,21 @@ class KroneckerBlock(Block):
     def _eigen(self) -> EigenBlock:
         (values_A, basis_A), (values_G, basis_G) = self._bases
         values = einsum(values_G, values_A, "... o, ... i -> ... o i")
-        return EigenBlock(self.layout, basis_A, basis_G, values, self.name)
+        return EigenBlock(self.layout, basis_A, basis_G, values, self.name, values_A, values_G)
 
     def _of_factors(self, function: Callable[[Tensor], Tensor]) -> KroneckerBlock:
         """The same function of both factors' eigenvalues."""
         A, G = (from_eigenbasis(function(values), basis) for values, basis in self._bases)
-        return replace(self, A=A, G=G)
+        return self.with_sides(A, G)
 
     def _require_regular(self) -> None:
         # By factor: two well conditioned factors may have a product whose eigenvalues span more than the dtype does.
-        for factor, (values, _) in zip("AG", self._bases, strict=True):
-            require_regular(values, f"{self.label}: its factor {factor}", values.shape[-1])
+        for factor, (values, basis) in zip("AG", self._bases, strict=True):
+            require_regular(values, f"{self.label}: its factor {factor}", side_of_basis(basis))
 
     def _factored_inverse(self, damping: float) -> KroneckerBlock:
         """(G + sqrt(damping) / pi I)^-1 (x) (A + pi sqrt(damping) I)^-1."""
-        dampings = factored_damping(self.A, self.G, damping)
-        (A, G), rungs = damped_inverses([self.A, self.G], dampings, [None, None])
+        (A, G), rungs = damped_inverses(self.sides, factored_damping(*self.sides, damping), [None, None])
         # The other rungs are the inverses of other matrices: good enough for a step, not for an algebra.
         for factor, rung in zip("AG", rungs, strict=True):
             if rung not in (Rung.FIRST, Rung.DOUBLE):
@@ -148,14 +166,16 @@ class KroneckerBlock(Block):
                     f"{self.label}: its factor {factor} is not positive definite with damping {damping:.3g}: pass more "
                     "damping, or look for values that are not finite"
                 )
-        return replace(self, A=A, G=G)
+        return self.with_sides(A, G)
 
     def _product(self, matrix: Tensor) -> Tensor:
-        return kronecker_matmul(self.G, matrix, self.A)
+        A, G = self.sides
+        return kronecker_matmul(G, matrix, A)
 
     def _scaled(self, factor: float) -> KroneckerBlock:
         # All scale is in G: A stays a mean.
         return replace(self, G=self.G * factor)
 
     def _dense(self) -> Tensor:
-        return kron(self.G, self.A)
+        A, G = self.sides
+        return kron(whole(G), whole(A))

@@ -133,6 +133,12 @@ def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Bl
         return sum_of(mine * my_share, theirs * their_share)
     if mine.layout != theirs.layout:
         raise ArgumentError(f"merge: {mine.label} has other parameters in one Fisher than in the other")
+    if mine.diagonal_sides != theirs.diagonal_sides:
+        kept = [" and ".join(block.diagonal_sides) or "neither side" for block in (mine, theirs)]
+        raise ArgumentError(
+            f"merge: {mine.label} keeps {kept[0]} as diagonal in one Fisher, {kept[1]} in the other: estimate both "
+            "with the same max_factor_dim"
+        )
     positions = (left.positions[mine.name], right.positions[theirs.name])
     held = sum(positions)
     return replace(

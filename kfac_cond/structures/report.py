@@ -12,20 +12,28 @@ MOST_ROWS = 30
 
 
 def fisher_table(blocks: Mapping[str, Block], meta: Mapping[str, Any]) -> str:
-    """How the Fisher was estimated in one line, then layer, shape and trace of each block.
+    """How the Fisher was estimated in one line, then layer, shape, trace and the sides kept as diagonals of each block.
 
     Args:
         blocks: layer name -> block.
         meta: what ``Fisher.meta`` holds; a mapping or a sequence inside it is written out.
     """
-    rows = [(name, " x ".join(map(str, block.layout.matrix_shape)), _trace(block)) for name, block in blocks.items()]
+    rows = [
+        (name, " x ".join(map(str, block.layout.matrix_shape)), _trace(block), " and ".join(block.diagonal_sides))
+        for name, block in blocks.items()
+    ]
+    # A column of its own only where there is such a block.
+    diagonal = "diagonal" if any(row[-1] for row in rows) else ""
     left_out = len(rows) - MOST_ROWS
     if left_out > 1:
         half = MOST_ROWS // 2
-        rows = [*rows[:half], (f"... {left_out} more layers", "", ""), *rows[-half:]]
-    rows = [("layer", "shape", "trace"), *rows]
+        rows = [*rows[:half], (f"... {left_out} more layers", "", "", ""), *rows[-half:]]
+    rows = [("layer", "shape", "trace", diagonal), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {trace:>{widths[2]}}".rstrip() for name, shape, trace in rows]
+    lines = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {trace:>{widths[2]}}  {sides}".rstrip()
+        for name, shape, trace, sides in rows
+    ]
     parameters = sum(block.layout.numel for block in blocks.values())
     total = f"{len(blocks)} layer{'s'[: len(blocks) != 1]}, {parameters} parameters"
     facts = [f"{key} {_written(value)}" for key, value in meta.items()]

@@ -37,11 +37,13 @@ class Stored:
         type: a dataclass with ``layout`` and ``name``, made from its fields.
         arrays: names of the fields that are tensors.
         numbers: names of the fields that JSON can hold.
+        optional: names of the fields that are tensors or None; of those that are None nothing is written.
     """
 
     type: type[Any]
     arrays: tuple[str, ...]
     numbers: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 STORED: dict[str, Stored] = {}
@@ -55,7 +57,7 @@ def register_stored(tag: str, stored: Stored) -> None:
 
 
 register_stored("kronecker", Stored(KroneckerBlock, ("A", "G")))
-register_stored("eigen", Stored(EigenBlock, ("basis_A", "basis_G", "values")))
+register_stored("eigen", Stored(EigenBlock, ("values",), optional=("basis_A", "basis_G", "values_A", "values_G")))
 register_stored("diagonal", Stored(DiagonalBlock, ("values",)))
 register_stored("low_rank", Stored(LowRankBlock, ("values", "vectors"), ("rest",)))
 
@@ -126,9 +128,10 @@ def _described(prefix: str, name: str, block: Block, tensors: dict[str, Tensor])
     if block.device.type == "meta":
         raise ArgumentError(f"{block.label} is on the meta device, which holds no values to save")
     tag, stored = found
-    for array in stored.arrays:
-        # A copy: safetensors refuses tensors that share memory, and a block may use one tensor twice.
-        tensors[f"{prefix}.{array}"] = getattr(block, array).detach().cpu().contiguous().clone()
+    for array in (*stored.arrays, *stored.optional):
+        if getattr(block, array) is not None:
+            # A copy: safetensors refuses tensors that share memory, and a block may use one tensor twice.
+            tensors[f"{prefix}.{array}"] = getattr(block, array).detach().cpu().contiguous().clone()
     kind = "flat" if isinstance(block.layout, FlatLayout) else "weight"
     return {
         "name": name,
@@ -238,8 +241,9 @@ def _made(path: str | os.PathLike[str], prefix: str, layer: Mapping[str, Any], t
         )
     try:
         arrays = {array: tensors[f"{prefix}.{array}"] for array in stored.arrays}
+        optional = {array: tensors.get(f"{prefix}.{array}") for array in stored.optional}
         block: Block = stored.type(
-            layout=_layout(layer["layout"]), name=layer["name"], **arrays, **layer.get("numbers", {})
+            layout=_layout(layer["layout"]), name=layer["name"], **arrays, **optional, **layer.get("numbers", {})
         )
     except (KeyError, TypeError, KFACError) as error:
         raise StateError(f"{path}: layer '{layer['name']}' does not fit together ({error})") from error

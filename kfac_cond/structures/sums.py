@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
+from ..linalg.sides import inner
 from .base import Block
 from .iterative import Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
@@ -98,7 +99,8 @@ def _terms(block: Block) -> tuple[Block, ...]:
 
 def _inner(mine: KroneckerBlock, theirs: KroneckerBlock) -> Tensor:
     """<F_1, F_2> = <G_1, G_2> <A_1, A_2>, summed over groups."""
-    return ((mine.G * theirs.G).sum((-2, -1)) * (mine.A * theirs.A).sum((-2, -1))).sum()
+    of_A, of_G = map(inner, mine.sides, theirs.sides)
+    return (of_G * of_A).sum()
 
 
 def _described(block: Block) -> str:

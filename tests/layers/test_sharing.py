@@ -14,6 +14,7 @@ from kfac_cond.layers.sharing import (
     pooled_inputs,
     reduced_input_moment,
 )
+from kfac_cond.linalg.moments import second_moment, second_moment_diagonal
 
 from ..reference import assert_same
 
@@ -24,34 +25,48 @@ def with_ones(a: Tensor) -> Tensor:
     return torch.cat([a, torch.ones(*a.shape[:-1], 1)], -1)
 
 
+FORMS = {
+    "whole": (second_moment, lambda matrix: matrix),
+    "diagonal": (second_moment_diagonal, lambda matrix: matrix.diagonal(dim1=-2, dim2=-1)),
+}
+
+
 @pytest.mark.parametrize("lead", [(), (2,)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_expand_sums_over_valid_positions(mask, bias, lead):
+@pytest.mark.parametrize("form", FORMS)
+def test_expand_sums_over_valid_positions(form, mask, bias, lead):
+    moment, of_whole = FORMS[form]
     a = torch.randn(*lead, 4, 3, 5)
-    moment, count = expanded_input_moment(a, None if mask is None else mask[..., None], bias=bias)
+    found, count = expanded_input_moment(a, None if mask is None else mask[..., None], bias=bias, moment=moment)
     rows = with_ones(a) if bias else a
     weight = torch.ones(4, 3) if mask is None else mask.double()
-    assert_same(moment, torch.einsum("...nsi, ...nsj, ns -> ...ij", rows, rows, weight))
+    assert_same(found, of_whole(torch.einsum("...nsi, ...nsj, ns -> ...ij", rows, rows, weight)))
     assert count == weight.sum()
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_reduce_averages_within_an_example_first(mask, bias):
+@pytest.mark.parametrize("form", FORMS)
+def test_reduce_averages_within_an_example_first(form, mask, bias):
     """An example without a valid position is not counted."""
+    moment, of_whole = FORMS[form]
     a = torch.randn(4, 3, 5)
     weight = torch.ones(4, 3) if mask is None else mask.double()
-    moment, count = reduced_input_moment(*pooled_inputs(a, None if mask is None else mask[..., None]), bias=bias)
+    pooled = pooled_inputs(a, None if mask is None else mask[..., None])
+    found, count = reduced_input_moment(*pooled, bias=bias, moment=moment)
     rows = with_ones(a) if bias else a
     mean = torch.einsum("nsi, ns -> ni", rows, weight) / weight.sum(1, keepdim=True).clamp(min=1)
-    assert_same(moment, mean.T @ mean)
+    assert_same(found, of_whole(mean.T @ mean))
     assert count == (weight.sum(1) > 0).sum()
 
 
-def test_gradients_sum_over_examples_and_positions():
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_sum_over_examples_and_positions(form):
+    moment, of_whole = FORMS[form]
     g = torch.randn(2, 4, 3, 5)
-    assert_same(expanded_gradient_moment(g), torch.einsum("kni, knj -> kij", g.flatten(1, 2), g.flatten(1, 2)))
+    rows = g.flatten(1, 2)
+    assert_same(expanded_gradient_moment(g, moment), of_whole(torch.einsum("kni, knj -> kij", rows, rows)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

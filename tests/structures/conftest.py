@@ -37,12 +37,15 @@ def spd() -> SPD:
 
 
 @pytest.fixture
-def kronecker(spd: SPD) -> Callable[[WeightLayout, str], KroneckerBlock]:
-    """A maker of Kronecker blocks over a layout."""
+def kronecker(spd: SPD) -> Callable[..., KroneckerBlock]:
+    """A maker of Kronecker blocks over a layout; the sides named in ``diagonal`` are diagonals."""
 
-    def make(layout: WeightLayout, name: str = "fc") -> KroneckerBlock:
+    def make(layout: WeightLayout, name: str = "fc", diagonal: str = "") -> KroneckerBlock:
         *groups, d_out, d_in = layout.matrix_shape
-        return KroneckerBlock(layout, A=spd(*groups, d_in, d_in), G=spd(*groups, d_out, d_out), name=name)
+        sides = {"A": spd(*groups, d_in, d_in), "G": spd(*groups, d_out, d_out)}
+        for side in diagonal:
+            sides[side] = sides[side].diagonal(dim1=-2, dim2=-1).clone()
+        return KroneckerBlock(layout, **sides, name=name)
 
     return make
 
@@ -70,20 +73,28 @@ def layout(request: pytest.FixtureRequest) -> WeightLayout:
     return LAYOUTS[request.param]
 
 
-@pytest.fixture(params=["kronecker", "eigen", "diagonal", "dense", "joint"])
+@pytest.fixture(
+    params=["kronecker", "eigen", "diagonal", "dense", "joint"]
+    + [f"{word} with diagonal {sides}" for word in ("kronecker", "eigen") for sides in ("A", "G", "AG")]
+)
 def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: SPD) -> Block:
     """A block of each structure over each layout; the eigenvalues of the eigen block are of no Kronecker form."""
     if request.param in ("dense", "joint"):
         joint = JointLayout(parts=(layout, WeightLayout("other.weight", None, (2, 1))))
         whole = joint if request.param == "joint" else layout
         return DenseBlock(whole, spd(whole.numel, whole.numel), name="fc")
-    made: KroneckerBlock = kronecker(layout)
-    if request.param == "kronecker":
+    structure, _, diagonal = request.param.partition(" with diagonal ")
+    made: KroneckerBlock = kronecker(layout, diagonal=diagonal)
+    if structure == "kronecker":
         return made
     values = torch.rand(layout.matrix_shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
-    if request.param == "diagonal":
+    if structure == "diagonal":
         return DiagonalBlock(layout, values, name="fc")
-    return EigenBlock(layout, torch.linalg.eigh(made.A)[1], torch.linalg.eigh(made.G)[1], values, name="fc")
+    basis_A, basis_G = (
+        None if name in diagonal else torch.linalg.eigh(side)[1].contiguous()
+        for name, side in (("A", made.A), ("G", made.G))
+    )
+    return EigenBlock(layout, basis_A, basis_G, values, name="fc")
 
 
 @pytest.fixture
@@ -94,16 +105,24 @@ def dense(block: Block) -> Tensor:
     def groups(tensor: Tensor) -> Tensor:
         return tensor if layout.groups > 1 else tensor.unsqueeze(0)
 
+    def matrices(side: Tensor) -> Tensor:
+        return groups(torch.diag_embed(side) if side.dim() < len(layout.matrix_shape) else side)
+
+    def bases(basis: Tensor | None, d: int) -> Tensor:
+        return torch.eye(d, dtype=torch.float64).repeat(layout.groups, 1, 1) if basis is None else groups(basis)
+
     if isinstance(block, KroneckerBlock):
-        return torch.block_diag(*[torch.kron(g, a) for g, a in zip(groups(block.G), groups(block.A), strict=True)])
+        return torch.block_diag(*[torch.kron(g, a) for g, a in zip(matrices(block.G), matrices(block.A), strict=True)])
     if isinstance(block, DiagonalBlock):
         return torch.diag(block.values.flatten())
     if isinstance(block, DenseBlock):
         return block.matrix
     assert isinstance(block, EigenBlock)
-    sides = zip(groups(block.basis_G), groups(block.basis_A), groups(block.values), strict=True)
-    bases = [(torch.kron(g, a), values.flatten()) for g, a, values in sides]
-    return torch.block_diag(*[basis @ torch.diag(values) @ basis.T for basis, values in bases])
+    left, right = bases(block.basis_G, layout.d_out), bases(block.basis_A, layout.d_in)
+    products = [
+        (torch.kron(g, a), values.flatten()) for g, a, values in zip(left, right, groups(block.values), strict=True)
+    ]
+    return torch.block_diag(*[basis @ torch.diag(values) @ basis.T for basis, values in products])
 
 
 @pytest.fixture

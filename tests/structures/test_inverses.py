@@ -13,19 +13,24 @@ from kfac_cond.linalg.ladder import Rung
 from kfac_cond.structures import KroneckerBlock, damped_inverses_of
 
 RULES = ["factored", "exact"]
+#: Layouts with the sides that are diagonals.
+DIAGONAL = [("linear", "A"), ("linear", "G"), ("linear", "AG"), ("groups", "A"), ("groups", "G")]
+LINEAR = ["linear", "linear A", "linear G", "linear AG"]
 close = {"rtol": 0.0, "atol": 1e-10}
 
 
 @pytest.fixture
 def blocks(kronecker, layouts: dict[str, WeightLayout]) -> dict[str, KroneckerBlock]:
-    return {name: kronecker(layout, name) for name, layout in layouts.items()}
+    whole = {name: kronecker(layout, name) for name, layout in layouts.items()}
+    diagonal = {f"{name} {sides}": kronecker(layouts[name], name, sides) for name, sides in DIAGONAL}
+    return whole | diagonal
 
 
 @pytest.fixture
 def dampings(blocks: dict[str, KroneckerBlock]) -> dict[str, Tensor]:
     """A number for each layer, the same for all its groups."""
     return {
-        name: torch.full(block.A.shape[:-2], 0.1 * (index + 1), dtype=torch.float64)
+        name: torch.full(block.sides[0].shape[:-2], 0.1 * (index + 1), dtype=torch.float64)
         for index, (name, block) in enumerate(blocks.items())
     }
 
@@ -35,7 +40,10 @@ def broken(block: KroneckerBlock) -> KroneckerBlock:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["linear", "no-bias", "weight-frozen", "convolution", "groups", "groups-no-bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "no-bias", "weight-frozen", "convolution", "groups", "groups-no-bias", *map(" ".join, DIAGONAL)],
+)
 def test_each_is_the_block_s_own_inverse(blocks: Any, dampings: Any, rule: Any, name: str) -> None:
     inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous={})
     expected = blocks[name].inverse(damping=dampings[name].max().item(), rule=rule).to_dense()
@@ -43,25 +51,27 @@ def test_each_is_the_block_s_own_inverse(blocks: Any, dampings: Any, rule: Any, 
     assert rungs[name] == Rung.FIRST
 
 
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_layer_that_fails_keeps_its_previous_inverse(blocks: Any, dampings: Any, rule: Any) -> None:
+def test_a_layer_that_fails_keeps_its_previous_inverse(blocks: Any, dampings: Any, rule: Any, name: str) -> None:
     previous, _ = damped_inverses_of(blocks, dampings, rule=rule, previous={})
-    blocks["linear"] = KroneckerBlock(
-        blocks["linear"].layout, A=blocks["linear"].A * torch.nan, G=blocks["linear"].G * torch.nan
-    )
+    blocks[name] = KroneckerBlock(blocks[name].layout, A=blocks[name].A * torch.nan, G=blocks[name].G * torch.nan)
     inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous=previous)
-    assert torch.equal(inverses["linear"].to_dense(), previous["linear"].to_dense())
-    assert [name for name, rung in rungs.items() if rung == Rung.PREVIOUS] == ["linear"]
+    assert torch.equal(inverses[name].to_dense(), previous[name].to_dense())
+    assert [name for name, rung in rungs.items() if rung == Rung.PREVIOUS] == [name]
 
 
 @pytest.mark.parametrize("factor", [1.0, torch.nan], ids=["A", "both"])
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("rule", RULES)
-def test_the_identity_stands_in_where_nothing_went_before(blocks: Any, dampings: Any, rule: Any, factor: float) -> None:
-    block = blocks["linear"]
-    blocks["linear"] = KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G * factor)
+def test_the_identity_stands_in_where_nothing_went_before(
+    blocks: Any, dampings: Any, rule: Any, name: str, factor: float
+) -> None:
+    block = blocks[name]
+    blocks[name] = KroneckerBlock(block.layout, A=block.A * torch.nan, G=block.G * factor)
     inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous={})
-    torch.testing.assert_close(inverses["linear"].to_dense(), torch.eye(15, dtype=torch.float64), **close)
-    assert rungs["linear"] == Rung.IDENTITY
+    torch.testing.assert_close(inverses[name].to_dense(), torch.eye(15, dtype=torch.float64), **close)
+    assert rungs[name] == Rung.IDENTITY
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -89,18 +99,22 @@ def test_singular_factors_without_damping_climb(kronecker, layouts: Any, rule: A
     assert rungs["fc"] > Rung.FIRST
 
 
+@pytest.mark.parametrize("diagonal", ["", "A", "AG"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_block_that_is_zero_leaves_the_gradient_without_damping(kronecker, layouts: Any, rule: Any) -> None:
-    block = kronecker(layouts["linear"])
+def test_a_block_that_is_zero_leaves_the_gradient_without_damping(
+    kronecker, layouts: Any, rule: Any, diagonal: str
+) -> None:
+    block = kronecker(layouts["linear"], diagonal=diagonal)
     zero = KroneckerBlock(block.layout, A=0 * block.A, G=0 * block.G)
     inverses, rungs = damped_inverses_of({"fc": zero}, {"fc": torch.tensor(0.0)}, rule=rule, previous={})
     assert torch.equal(inverses["fc"].to_dense(), torch.eye(15))
     assert rungs["fc"] > Rung.FIRST
 
 
+@pytest.mark.parametrize("diagonal", ["", "A", "AG"])
 @pytest.mark.parametrize("rule", RULES)
-def test_damping_alone_inverts_a_block_that_is_zero(kronecker, layouts: Any, rule: Any) -> None:
-    block = kronecker(layouts["linear"])
+def test_damping_alone_inverts_a_block_that_is_zero(kronecker, layouts: Any, rule: Any, diagonal: str) -> None:
+    block = kronecker(layouts["linear"], diagonal=diagonal)
     zero = KroneckerBlock(block.layout, A=0 * block.A, G=0 * block.G)
     inverses, rungs = damped_inverses_of({"fc": zero}, {"fc": torch.tensor(0.25)}, rule=rule, previous={})
     torch.testing.assert_close(inverses["fc"].to_dense(), 4 * torch.eye(15), **close)
@@ -117,3 +131,15 @@ def test_an_inverse_of_the_other_rule_stands_in_as_well(blocks: Any, dampings: A
     inverses, rungs = damped_inverses_of(blocks, dampings, rule=rule, previous=previous)
     assert inverses["linear"] is previous["linear"]
     assert rungs["linear"] == Rung.PREVIOUS
+
+
+def test_a_long_diagonal_does_not_raise_what_its_damping_covers() -> None:
+    """The round-off of a decomposition grows with its side; a diagonal is not decomposed."""
+    d = 100_000
+    layout = WeightLayout("fc.weight", None, (1, d))
+    A, damping = torch.zeros(d, dtype=torch.float32), torch.tensor(1e-3, dtype=torch.float32)
+    A[0] = 1.0
+    block = KroneckerBlock(layout, A=A, G=torch.ones(1, 1, dtype=torch.float32))
+    inverses, rungs = damped_inverses_of({"fc": block}, {"fc": damping}, rule="exact", previous={})
+    torch.testing.assert_close(inverses["fc"].values[0, 1:], torch.full((d - 1,), 1e3), check_dtype=False)
+    assert rungs["fc"] == Rung.FIRST

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from kfac_cond.errors import ArgumentError, NumericalError
 from kfac_cond.layers.layout import WeightLayout
+from kfac_cond.linalg.sides import whole
 from kfac_cond.structures import EigenBlock, KroneckerBlock
 
 LINEAR = WeightLayout("fc.weight", "fc.bias", (3, 4))
 close = {"rtol": 0.0, "atol": 1e-10}
+
+
+@pytest.fixture(params=["", "A", "G", "AG"], ids="diagonal {}".format)
+def diagonal(request: pytest.FixtureRequest) -> str:
+    """The sides that are diagonals."""
+    return request.param
 
 
 def factored_inverse(A: Tensor, G: Tensor, damping: float) -> Tensor:
@@ -24,9 +31,9 @@ def factored_inverse(A: Tensor, G: Tensor, damping: float) -> Tensor:
     return torch.linalg.inv(torch.kron(damped_G, damped_A))
 
 
-def test_factored_inverse_is_its_definition(layout: WeightLayout, kronecker) -> None:
-    block: KroneckerBlock = kronecker(layout)
-    A, G = (side.reshape(-1, *side.shape[-2:]) for side in (block.A, block.G))
+def test_factored_inverse_is_its_definition(layout: WeightLayout, kronecker, diagonal: str) -> None:
+    block: KroneckerBlock = kronecker(layout, diagonal=diagonal)
+    A, G = (whole(side).reshape(-1, *side.shape[-2:]) for side in block.sides)
     expected = torch.block_diag(*[factored_inverse(a, g, 0.3) for a, g in zip(A, G, strict=True)])
     torch.testing.assert_close(block.inverse(damping=0.3, rule="factored").to_dense(), expected, **close)
 
@@ -38,8 +45,8 @@ def test_factored_solve_is_its_definition(kronecker) -> None:
     torch.testing.assert_close(block.solve(v, damping=0.3, rule="factored"), expected, **close)
 
 
-def test_without_damping_both_rules_agree(kronecker) -> None:
-    block: KroneckerBlock = kronecker(LINEAR)
+def test_without_damping_both_rules_agree(kronecker, diagonal: str) -> None:
+    block: KroneckerBlock = kronecker(LINEAR, diagonal=diagonal)
     torch.testing.assert_close(block.inverse(rule="factored").to_dense(), block.inverse().to_dense(), **close)
 
 
@@ -66,9 +73,45 @@ def test_the_eigenbasis_is_computed_once(kronecker) -> None:
     assert block.eigen() is block.eigen()
 
 
-def test_the_eigenbasis_is_the_same_matrix(layout: WeightLayout, kronecker) -> None:
-    block: KroneckerBlock = kronecker(layout)
+def test_the_eigenbasis_is_the_same_matrix(layout: WeightLayout, kronecker, diagonal: str) -> None:
+    block: KroneckerBlock = kronecker(layout, diagonal=diagonal)
     torch.testing.assert_close(block.eigen().to_dense(), block.to_dense(), **close)
+
+
+def test_the_eigenbasis_knows_the_factors_it_came_from(layout: WeightLayout, kronecker, diagonal: str) -> None:
+    block: KroneckerBlock = kronecker(layout, diagonal=diagonal)
+    torch.testing.assert_close(block.eigen().A, block.A, **close)
+    torch.testing.assert_close(block.eigen().to(torch.float64).G, block.G, **close)
+
+
+@pytest.mark.parametrize("factor", ["A", "G"])
+@pytest.mark.parametrize("verb", ["sqrt", "inverse", "inverse_sqrt", "__mul__"])
+def test_a_function_of_an_eigen_block_has_no_factors(kronecker, verb: str, factor: str) -> None:
+    block = kronecker(LINEAR).eigen()
+    derived = 2.0 * block if verb == "__mul__" else getattr(block, verb)()
+    with pytest.raises(ArgumentError, match=f"layer 'fc': it has no {factor}.*structure='ekfac'"):
+        getattr(derived, factor)
+
+
+@pytest.mark.parametrize("verb", ["sqrt", "inverse", "inverse_sqrt", "eigen"])
+def test_functions_keep_a_diagonal_side_diagonal(kronecker, diagonal: str, verb: str) -> None:
+    assert getattr(kronecker(LINEAR, diagonal=diagonal), verb)().diagonal_sides == tuple(diagonal)
+
+
+def test_a_side_whose_diagonal_could_be_a_matrix_is_told_by_its_layout(kronecker) -> None:
+    """Three groups with three outputs each: (3, 3) is three diagonals there, and one matrix without groups."""
+    grouped = kronecker(WeightLayout("conv.weight", None, (9, 2), groups=3), diagonal="G")
+    assert grouped.G.shape == kronecker(LINEAR).G.shape
+    assert grouped.diagonal_sides == ("G",)
+    assert kronecker(LINEAR).diagonal_sides == ()
+
+
+def test_the_eigenvalues_of_a_diagonal_carry_no_round_off_of_a_decomposition() -> None:
+    """Of token frequencies, say, the rarest is not zero."""
+    A = torch.logspace(-15.5, 0, 5, dtype=torch.float64)
+    block = KroneckerBlock(LINEAR, A=A, G=torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(block.inverse().A, 1 / A, rtol=1e-12, atol=0)
+    torch.testing.assert_close(block.eigen().inverse().values, (1 / A).expand(3, 5), rtol=1e-12, atol=0)
 
 
 def test_the_scale_goes_to_G(kronecker) -> None:
@@ -126,7 +169,8 @@ def test_the_factored_rule_needs_factors(kronecker) -> None:
 @pytest.mark.parametrize(
     ("sides", "message"),
     [
-        ({"A": torch.eye(4)}, r"A has shape \(4, 4\), expected \(5, 5\)"),
+        ({"A": torch.eye(4)}, r"A has shape \(4, 4\), expected \(5, 5\) or \(5,\)"),
+        ({"A": torch.ones(4)}, r"A has shape \(4,\), expected \(5, 5\) or \(5,\)"),
         ({"G": torch.eye(5)}, r"G has shape \(5, 5\), expected \(3, 3\)"),
         ({"A": torch.eye(5, dtype=torch.float32)}, "A is torch.float32 on cpu, G torch.float64"),
     ],
@@ -143,6 +187,13 @@ def test_factors_that_do_not_fit_are_refused(sides: dict[str, Tensor], message: 
 def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"values has shape \(5, 3\), expected \(3, 5\)"):
         EigenBlock(LINEAR, torch.eye(5), torch.eye(3), torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("field", ["basis_A", "basis_G", "values_A", "values_G"])
+def test_what_belongs_to_a_side_has_its_shape(field: str) -> None:
+    sides = {"basis_A": None, "basis_G": None, field: torch.ones(7)}
+    with pytest.raises(ArgumentError, match=rf"{field} has shape \(7,\), expected"):
+        EigenBlock(LINEAR, values=torch.ones(3, 5), **sides)
 
 
 def test_a_block_without_a_name_is_called_by_its_parameters() -> None:
