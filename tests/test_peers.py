@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -22,7 +23,7 @@ SETTINGS = (
     "attention, a class a token",
     "attention, pooled",
 )
-#: Exact there and here: these may never differ but by a factor of the loss.
+#: What is exact both there and here, and may differ by a factor of the loss alone.
 EXACT = ("product", "dense exact", "diagonal exact", "block exact")
 
 
@@ -30,7 +31,8 @@ EXACT = ("product", "dense exact", "diagonal exact", "block exact")
 def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("peers")
-    sys.modules.pop("peers")
+    for name in ("peers", "peer_cases"):
+        sys.modules.pop(name)
 
 
 def compared(peers: ModuleType, peer: str, name: str) -> dict[str, object]:
@@ -41,7 +43,7 @@ def compared(peers: ModuleType, peer: str, name: str) -> dict[str, object]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("peer", ["curvlinops", "nngeometry"])
+@pytest.mark.parametrize("peer", ["curvlinops", "nngeometry", "backpack"])
 def test_every_difference_is_explained(peers, peer, name):
     rows = compared(peers, peer, name)
     assert not [row for row in rows.values() if "unexplained" in row.verdict]
@@ -52,15 +54,14 @@ def test_every_difference_is_explained(peers, peer, name):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize(("peer", "quantities"), [("curvlinops", EXACT[:2]), ("nngeometry", EXACT)])
-def test_what_is_exact_in_both_agrees(peers, peer, quantities, name):
-    rows = compared(peers, peer, name)
-    for quantity in quantities:
-        verdict = rows[quantity].verdict
-        unit = peer == "nngeometry" and "squared error" in name
-        refused = peer == "nngeometry" and name in SETTINGS[4:]
-        expected = f"differ: {peers.UNIT}" if unit else "refused: " if refused else "agree"
-        assert verdict.startswith(expected), f"{quantity}: {verdict}"
+@pytest.mark.parametrize("peer", ["curvlinops", "nngeometry", "backpack"])
+def test_what_is_exact_in_both_agrees(peers, peer, name):
+    verdicts = {row.quantity: row.verdict for row in compared(peers, peer, name).values() if row.quantity in EXACT}
+    unit = peer == "nngeometry" and "squared error" in name
+    refused = peer != "curvlinops" and name in SETTINGS[4:]
+    expected = f"differ: {peers.UNIT}" if unit else "refused: " if refused else "agree"
+    assert verdicts
+    assert all(verdict.startswith(expected) for verdict in verdicts.values()), verdicts
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -70,7 +71,8 @@ def test_in_a_basis_that_is_open_the_eigenvalues_alone_are_shared(peers):
     Of all matrices with its eigenvectors, each one's is the nearest to F: F minus it is orthogonal to it.
     """
     pytest.importorskip("curvlinops")
-    of = peers.Case(peers.Setting("few", peers.convolutional, (8, 2, 4, 4), torch.nn.CrossEntropyLoss()))
+    (many,) = [one for one in peers.SETTINGS if one.name == "convolutions"]
+    of = peers.Case(dataclasses.replace(many, shape=(8, 2, 4, 4)))
     joint = {"kfac_approx": "reduce", "separate_weight_and_bias": False}
     theirs = peers.curvlinops_matrix(of, "EKFAC", "exact", **joint)
     ours, F = of.matrix("ekfac", "exact", "reduce"), of.matrix("block", "exact")
@@ -95,5 +97,5 @@ def test_a_library_that_is_absent_is_a_line(peers, monkeypatch, capsys, tmp_path
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["peers.py", "--out", str(tmp_path / "rows.json")])
     peers.main()
-    assert capsys.readouterr().out.count("not installed") == 2
+    assert capsys.readouterr().out.count("not installed") == 3
     assert {row["verdict"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"not installed"}
