@@ -17,6 +17,7 @@ from . import fisher_cases
 from .helpers import Apply
 from .reference import exact_fisher, fisher_of_draws
 
+STRUCTURES = ["kfac", "ekfac", "tkfac", "kpsvd", "diagonal", "block", "dense"]
 Make = Callable[[Tensor], td.Distribution]
 CUTS = (-1.0, 0.2, 1.5)
 COVARIANCE = torch.tensor([[1.3, 0.4], [0.4, 0.6]], dtype=torch.float64)
@@ -313,8 +314,7 @@ class Case(fisher_cases.Case):
     @lru_cache  # noqa: B019
     def stored(self, kind: str, sharing: str = "expand") -> dict[str, kc.Fisher]:
         """Every structure, from one pass."""
-        words = ["kfac", "ekfac", "tkfac", "kpsvd", "diagonal", "block", "dense"]
-        return dict(zip(words, self.estimate(words, kind, rules={"*": {"sharing": sharing}}), strict=True))
+        return dict(zip(STRUCTURES, self.estimate(STRUCTURES, kind, rules={"*": {"sharing": sharing}}), strict=True))
 
 
 @lru_cache
