@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kfac_cond as kc
 
 from .likelihood_cases import CLOSED, CONSTANT, HEADS, STRUCTURES, Case, Mixing, case
-from .reference import assert_same
+from .reference import assert_same, exact_fisher, matrix_order
 from .test_structures import stored
 
 KRONECKER = ["kfac", "ekfac", "tkfac", "kpsvd", "block"]
@@ -103,6 +103,68 @@ def test_linear_nets_are_exact_where_the_output_fisher_is_constant(net, sharing,
     of = case(net, head)
     for block in of.stored("exact", sharing)[structure].values():
         assert_same(block.to_dense(), of.block("exact", block), tolerance=tolerance(structure))
+
+
+class Pooled(nn.Module):
+    """A stack over positions, summed or averaged over those that are real."""
+
+    def __init__(self, stack: nn.Module, how: str) -> None:
+        super().__init__()
+        self.stack, self.how = stack, how
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        total = (self.stack(x) * real[..., None]).sum(1)
+        return total / real.sum(1, keepdim=True) if self.how == "mean" else total
+
+
+def pooled_exactly(model: Pooled, x: Tensor, real: Tensor, information) -> dict[str, Tensor]:
+    """F of each layer in the order of its matrix, from examples one at a time, without what pads them."""
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        total = torch.zeros(())
+        for row, keep in zip(x, real, strict=True):
+            alone = row[keep][None]
+            settings = {"parameters": [layer.weight, layer.bias], "divisor": len(x)}
+            total = total + exact_fisher(lambda h: model(h, torch.ones(h.shape[:2])), alone, information, **settings)
+        order = matrix_order(layer)
+        found[name] = total[order][:, order].detach()
+    return found
+
+
+def pooled_estimate(model: Pooled, x: Tensor, real: Tensor, likelihood: kc.Likelihood, structure: str) -> kc.Fisher:
+    data = kc.Data(positions=lambda args, kwargs, outputs: kwargs["real"])
+    options = kc.Options(rules={"*": {"sharing": "reduce"}}, data=data)
+    batches = [{"x": x[:2], "real": real[:2]}, {"x": x[2:], "real": real[2:]}]
+    return kc.estimate(model, batches, likelihood, structure=structure, kind="exact", options=options)
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize("head", CONSTANT)
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_of_ragged_positions_the_mean_is_exact_and_the_sum_is_not(how, head, structure):
+    """ORACLES 9: with biases beside the weights, a mean over positions has the bias column of one position."""
+    model, x = Pooled(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, HEADS[head].width)), how), torch.randn(5, 3, 3)
+    real = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]]).bool()
+    found = pooled_estimate(model, x, real, HEADS[head].likelihood, structure)
+    for name, F in pooled_exactly(model, x, real, HEADS[head].fisher).items():
+        if how == "mean" or structure not in ("kfac", "ekfac"):
+            assert_same(found[name].to_dense(), F, tolerance=tolerance(structure))
+        else:
+            assert (found[name].to_dense() - F).norm() > 0.01 * F.norm()
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "tkfac", "kpsvd", "block"])
+@pytest.mark.parametrize("head", CLOSED)
+def test_identical_positions_pooled_are_exact(head, structure):
+    """ORACLES 7, of any net."""
+    stack = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, HEADS[head].width))
+    model, x = Pooled(stack, "sum"), torch.randn(3).expand(4, 2, 3)
+    real = torch.ones(4, 2, dtype=torch.bool)
+    found = pooled_estimate(model, x, real, HEADS[head].likelihood, structure)
+    for name, F in pooled_exactly(model, x, real, HEADS[head].fisher).items():
+        assert_same(found[name].to_dense(), F, tolerance=tolerance(structure))
 
 
 @pytest.mark.parametrize("head", [name for name in CLOSED if name not in CONSTANT])
