@@ -37,8 +37,9 @@ $(BIN)/python:
 	$(PIP) -e '.[demo]'
 	touch $@
 
-.venv/test: pyproject.toml constraints.txt | .venv/demo
+.venv/test: pyproject.toml constraints.txt tests/peers.txt | .venv/demo
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps -r tests/peers.txt
 	touch $@
 
 .venv/lint: pyproject.toml constraints.txt | .venv/test

@@ -1,4 +1,4 @@
-"""The natural-gradient step of the definition: its KL, its invariance, and a covariance that a textbook knows."""
+"""The natural-gradient step of the definition: its KL and its invariance."""
 
 from __future__ import annotations
 
@@ -90,38 +90,3 @@ def test_a_finite_step_gives_the_same_function_in_linear_parameters(size):
         for net in (model, other)
     ]
     assert (plain[0] - plain[1]).abs().max() > 1e-3
-
-
-class Poisson(kc.Likelihood):
-    """Counts; outputs are log rates."""
-
-    event_dims = (-1,)
-
-    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.poisson(outputs.exp(), generator=generator)
-
-    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return outputs.exp() - labels
-
-    def fisher_sqrt(self, outputs: Tensor) -> Tensor:
-        return torch.diag_embed((0.5 * outputs).exp())
-
-
-@pytest.mark.parametrize("how", ["implicit", "gram"])
-def test_poisson_regression_inverts_to_the_textbook_covariance(how):
-    generator = torch.Generator().manual_seed(4)
-    x = torch.cat([torch.ones(60, 1), torch.randn(60, 3, generator=generator)], 1)
-    y = torch.poisson((x @ torch.tensor([0.5, 0.3, -0.2, 0.4])).exp(), generator=generator)
-    model = nn.Linear(4, 1, bias=False)
-    with torch.no_grad():
-        model.weight.zero_()
-        for _ in range(30):
-            # Newton's method, from the textbook: X^T W X, W = diag(rate).
-            rate = (x @ model.weight[0]).exp()
-            model.weight[0] += torch.linalg.solve(x.T @ (rate[:, None] * x), x.T @ (y - rate))
-        assert (x.T @ (y - (x @ model.weight[0]).exp())).abs().max() < 1e-10
-        textbook = torch.linalg.inv(x.T @ ((x @ model.weight[0]).exp()[:, None] * x))
-    make = kc.implicit if how == "implicit" else kc.gram
-    source = make(model, [x[:25], x[25:]], Poisson(reduction="sum"))
-    covariance = torch.stack([source.solve(unit) for unit in torch.eye(4)])
-    assert_same(covariance, textbook, tolerance=1e-8)
