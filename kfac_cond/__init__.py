@@ -55,6 +55,7 @@ from .structures import (
     KroneckerBlock,
     LowRankBlock,
     SumBlock,
+    UnitWiseBlock,
 )
 from .trust_region import KLClip
 from .wrapping import detach
@@ -110,6 +111,7 @@ __all__ = [
     "StateError",
     "SumBlock",
     "Tempered",
+    "UnitWiseBlock",
     "VonMises",
     "coverage",
     "detach",

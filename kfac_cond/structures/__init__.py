@@ -14,6 +14,7 @@ from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
 from .storage import Stored, register_stored
 from .sums import SumBlock
+from .unit_wise import UnitWiseBlock
 
 __all__ = [
     "COLLECTORS",
@@ -33,6 +34,7 @@ __all__ = [
     "LowRankBlock",
     "Stored",
     "SumBlock",
+    "UnitWiseBlock",
     "damped_inverses_of",
     "register_stored",
 ]

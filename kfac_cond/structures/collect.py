@@ -19,12 +19,13 @@ from torch import Tensor
 from ..layers.layout import JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
 from ..linalg.moments import trace
-from ..linalg.pairs import example_rows, input_moment, squared_gradients
+from ..linalg.pairs import example_rows, input_moment, row_moments, squared_gradients
 from .base import Block, require_dense
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .kronecker import KroneckerBlock
+from .unit_wise import UnitWiseBlock, require_unit_wise
 
 logger = logging.getLogger("kfac_cond")
 
@@ -118,6 +119,27 @@ class DenseCollector(SummedCollector):
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return DenseBlock(self.layout, block.to_dense(), self.name)
+
+
+class UnitWiseCollector(SummedCollector):
+    """'unit_wise': for each row of the layer's matrix the sum of V_n[o] V_n[o]^T."""
+
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
+        require_unit_wise(layout, f"layer '{name}'")
+
+    def summand(self, a: Tensor, g: Tensor) -> Tensor:
+        return row_moments(a, g)
+
+    def block(self, factors: KroneckerBlock | None, divisor: Tensor) -> Block | None:
+        return (
+            None if self.sum is None else UnitWiseBlock(self.layout, self.sum / divisor.to(self.sum.device), self.name)
+        )
+
+    def of_kronecker(self, block: KroneckerBlock) -> Block:
+        rows = block.G.diagonal(dim1=-2, dim2=-1)
+        matrices = einsum(rows, block.A, "... o, ... i j -> ... o i j")
+        return UnitWiseBlock(self.layout, matrices, self.name)
 
 
 class TraceRestrictedCollector(Collector):
@@ -251,6 +273,7 @@ COLLECTORS: dict[str, type[Collector]] = {
     "tkfac": TraceRestrictedCollector,
     "kpsvd": NearestCollector,
     "diagonal": DiagonalCollector,
+    "unit_wise": UnitWiseCollector,
     "block": DenseCollector,
 }
 

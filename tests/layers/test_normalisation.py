@@ -316,3 +316,45 @@ def test_a_step_solves_for_each_unit_by_itself(rule):
         damped = G * A + 0.1 * eye if rule == "exact" else (G + root / pi) * (A + pi * root * eye)
         found = torch.stack([module.weight.grad[unit], module.bias.grad[unit]])
         assert_same(found, torch.linalg.solve(damped, plain[unit]))
+
+
+@pytest.mark.parametrize(
+    ("make", "examples"),
+    [
+        (lambda: nn.BatchNorm2d(3), 1),
+        (lambda: nn.BatchNorm2d(3).eval(), 5),
+        (lambda: nn.BatchNorm2d(3, track_running_stats=False).eval(), 1),
+    ],
+    ids=["train, one example", "eval", "no running, one example"],
+)
+def test_unit_by_unit_batch_norm_is_exact_where_it_couples_no_examples(make, examples):
+    """ORACLES 6 with several positions, which are summed before anything is squared."""
+    module = scattered(make())
+    model = nn.Sequential(module, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    inputs, labels = torch.randn(examples, 3, 2, 2), [torch.randint(3, (examples,)) for _ in range(2)]
+    settings = {"structure": "unit_wise", "options": kc.Options(draws=[labels])}
+    block = kc.estimate(model, [inputs], "categorical", **settings)["0"]
+    expected = fisher_of_draws(
+        model, inputs, labels, categorical_log_prob, parameters=parameters_of(module), divisor=examples
+    )
+    assert_same(block.to_dense(), expected[order(block.layout)][:, order(block.layout)] * unit_mask(block.layout))
+
+
+@pytest.mark.parametrize("norms", [0, 1, 2])
+def test_batch_norm_in_training_couples_examples(norms):
+    """What comes back to an example at a layer before a batch norm is not of its own loss alone."""
+    hidden = [layer for _ in range(norms) for layer in (nn.BatchNorm1d(4), nn.Tanh())]
+    model = nn.Sequential(scattered(nn.LayerNorm(4)), nn.Tanh(), *hidden, nn.Linear(4, 3))
+    inputs, labels = torch.randn(5, 4), torch.randint(3, (5,))
+    settings = {"structure": "unit_wise", "options": kc.Options(draws=[[labels]])}
+    block = kc.estimate(model, [inputs], "categorical", **settings)["0"]
+    parameters = parameters_of(model[0])
+    losses = nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+    rows = torch.stack([torch.cat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses])[
+        :, order(block.layout)
+    ]
+    expected = rows.T @ rows / 5 * unit_mask(block.layout)
+    if norms == 0:
+        assert_same(block.to_dense(), expected)
+    else:
+        assert (block.to_dense() - expected).abs().max() > 0.01 * expected.abs().max()

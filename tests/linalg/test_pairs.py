@@ -41,6 +41,13 @@ def test_squared_gradients(pair, most, monkeypatch):
     assert_same(pairs.squared_gradients(*pair), gradients(*pair).square().sum(-3))
 
 
+@pytest.mark.parametrize("most", [1, 30, 2**24])
+def test_row_moments(pair, most, monkeypatch):
+    monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
+    V = gradients(*pair)
+    assert_same(pairs.row_moments(*pair), torch.einsum("...noi, ...noj -> ...oij", V, V))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("most", [1, 30, 2**24])
 def test_input_moment(pair, most, weighted, monkeypatch):
@@ -70,6 +77,7 @@ def test_a_moment_forms_weight_gradients_only_where_that_is_cheaper(positions, f
     assert bool(calls) == formed
 
 
-def test_one_position_forms_no_weight_gradient(monkeypatch):
+@pytest.mark.parametrize("moment", [pairs.squared_gradients, pairs.row_moments])
+def test_one_position_forms_no_weight_gradient(moment, monkeypatch):
     monkeypatch.setattr(pairs, "example_gradients", lambda *_: pytest.fail("a weight gradient was formed"))
-    pairs.squared_gradients(torch.randn(4, 1, 8), torch.randn(4, 1, 8))
+    moment(torch.randn(4, 1, 8), torch.randn(4, 1, 8))

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from kfac_cond.layers.layout import JointLayout, WeightLayout
-from kfac_cond.structures import Block, DenseBlock, DiagonalBlock, EigenBlock, Fisher, KroneckerBlock
+from kfac_cond.structures import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    Fisher,
+    KroneckerBlock,
+    UnitWiseBlock,
+)
 
 LAYOUTS = {
     "linear": WeightLayout("fc.weight", "fc.bias", (3, 4)),
@@ -19,6 +27,7 @@ LAYOUTS = {
     "groups": WeightLayout("conv.weight", "conv.bias", (6, 2, 2), groups=3),
     "groups-no-bias": WeightLayout("conv.weight", None, (6, 2, 2), groups=3),
     "groups-weight-frozen": WeightLayout(None, "conv.bias", (6, 2, 2), groups=3),
+    "norm": WeightLayout("norm.weight", "norm.bias", (2, 3), groups=6, output_dims=2),
 }
 SPD = Callable[..., Tensor]
 
@@ -70,13 +79,15 @@ def layout(request: pytest.FixtureRequest) -> WeightLayout:
     return LAYOUTS[request.param]
 
 
-@pytest.fixture(params=["kronecker", "eigen", "diagonal", "dense", "joint"])
+@pytest.fixture(params=["kronecker", "eigen", "diagonal", "unit-wise", "dense", "joint"])
 def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: SPD) -> Block:
     """A block of each structure over each layout; the eigenvalues of the eigen block are of no Kronecker form."""
     if request.param in ("dense", "joint"):
         joint = JointLayout(parts=(layout, WeightLayout("other.weight", None, (2, 1))))
         whole = joint if request.param == "joint" else layout
         return DenseBlock(whole, spd(whole.numel, whole.numel), name="fc")
+    if request.param == "unit-wise":
+        return UnitWiseBlock(layout, spd(*layout.matrix_shape, layout.d_in), name="fc")
     made: KroneckerBlock = kronecker(layout)
     if request.param == "kronecker":
         return made
@@ -100,6 +111,8 @@ def dense(block: Block) -> Tensor:
         return torch.diag(block.values.flatten())
     if isinstance(block, DenseBlock):
         return block.matrix
+    if isinstance(block, UnitWiseBlock):
+        return torch.block_diag(*block.matrices.reshape(-1, layout.d_in, layout.d_in))
     assert isinstance(block, EigenBlock)
     sides = zip(groups(block.basis_G), groups(block.basis_A), groups(block.values), strict=True)
     bases = [(torch.kron(g, a), values.flatten()) for g, a, values in sides]
