@@ -1,6 +1,8 @@
-"""Training with norms that are preconditioned: losses fall, and the inverses of all units are one call."""
+"""Training with norms that are preconditioned: losses fall, all units are inverted in one call, nothing else moves."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 
-from .helpers import Apply
+from .helpers import EVERY_STEP, Apply
 from .training import parameters_of
 
 
@@ -78,3 +80,40 @@ def test_all_units_of_all_norms_are_inverted_in_one_call_a_size(rule, function, 
     kfac.precondition()
     # A of the two with a bias; their G with both sides of the one without.
     assert sorted(sizes) == [(80, 2, 2), (160, 1, 1)]
+
+
+def counting() -> nn.Module:
+    """Norms that keep running statistics, in every way of keeping them."""
+    return nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.BatchNorm1d(12),
+        nn.Linear(12, 3),
+    )
+
+
+@pytest.mark.parametrize("kind", ["sampled", "exact"])
+@pytest.mark.parametrize("structure", ["kfac", "unit_wise"])
+def test_an_estimate_leaves_running_statistics_alone_to_the_last_bit(structure, kind):
+    """ORACLES 17."""
+    model = counting()
+    model(torch.randn(4, 3, 2, 2))
+    before = copy.deepcopy(model.state_dict())
+    kc.estimate(model, [torch.randn(4, 3, 2, 2)], "categorical", structure=structure, kind=kind)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_due_step_updates_running_statistics_once_as_plain_training_does():
+    """ORACLES 17: buffers and gradients, to the last bit."""
+    plain = counting()
+    model, criterion = copy.deepcopy(plain), nn.CrossEntropyLoss()
+    inputs, labels = torch.randn(4, 3, 2, 2), torch.randint(3, (4,))
+    kfac = kc.KFAC(model, criterion, schedule=EVERY_STEP)
+    kfac.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    for one in (plain, model):
+        criterion(one(inputs), labels).backward()
+    assert kfac.coverage().share == 1.0
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))

@@ -33,12 +33,11 @@ class NormKind(LayerKind):
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The normalised input as [units, batch, positions, 1]."""
-        batched = self._batched(module, inputs)
-        return _units_first(self._units_last(module, self._normalised(module, batched)))
+        return _stacked(self._by_unit(module, self._normalised(module, self._batched(module, inputs))))
 
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """A gradient of the output as [units, batch, positions, 1]."""
-        return _units_first(self._units_last(module, self._batched(module, gradient)))
+        return _stacked(self._by_unit(module, self._batched(module, gradient)))
 
     def _batched(self, module: nn.Module, x: Tensor) -> Tensor:
         """With a dimension for examples in front, also where the module was given one example alone."""
@@ -49,13 +48,15 @@ class NormKind(LayerKind):
         """What the module multiplies by its weight."""
 
     @abstractmethod
-    def _units_last(self, module: nn.Module, x: Tensor) -> Tensor:
-        """As [batch, positions, units]."""
+    def _by_unit(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As [units, batch, positions]."""
 
 
-def _units_first(x: Tensor) -> Tensor:
+def _stacked(x: Tensor) -> Tensor:
+    # Many small products follow, each of a unit by itself: they are several times faster on adjacent numbers.
+    stacked = x.contiguous().unsqueeze(-1)
     # A layer of one unit is one without groups.
-    return x if x.shape[-1] == 1 else rearrange(x, "n s units -> units n s 1")
+    return stacked[0] if len(stacked) == 1 else stacked
 
 
 class LayerNormKind(NormKind):
@@ -71,9 +72,11 @@ class LayerNormKind(NormKind):
         assert isinstance(module, nn.LayerNorm)
         return F.layer_norm(x, _shape(module), eps=module.eps)
 
-    def _units_last(self, module: nn.Module, x: Tensor) -> Tensor:
-        shape = _shape(module)
-        return x.reshape(x.shape[0], prod(x.shape[1 : x.ndim - len(shape)]), prod(shape))
+    def _by_unit(self, module: nn.Module, x: Tensor) -> Tensor:
+        leading, units = x.shape[: x.ndim - len(_shape(module))], prod(_shape(module))
+        # Transposed as a matrix, which torch copies faster than a permutation of more dimensions.
+        rows = x.reshape(prod(leading), units).mT.contiguous()
+        return rows.reshape(units, leading[0], prod(leading[1:]))
 
 
 class RMSNormKind(LayerNormKind):
@@ -99,8 +102,8 @@ class GroupNormKind(NormKind):
         assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, eps=module.eps)
 
-    def _units_last(self, module: nn.Module, x: Tensor) -> Tensor:
-        return rearrange(x.reshape(*x.shape[:2], prod(x.shape[2:])), "n units s -> n s units")
+    def _by_unit(self, module: nn.Module, x: Tensor) -> Tensor:
+        return rearrange(x.reshape(*x.shape[:2], prod(x.shape[2:])), "n units s -> units n s")
 
 
 class InstanceNormKind(GroupNormKind):

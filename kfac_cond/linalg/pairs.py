@@ -34,10 +34,14 @@ def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
 
 
 def row_moments(a: Tensor, g: Tensor) -> Tensor:
-    """For each row o of V the sum over n of V_n[o] V_n[o]^T, [..., o, i, i]; with one position no V_n is formed."""
+    """For each row o of V the sum over n of V_n[o] V_n[o]^T, [..., o, i, i], in the cheaper of two orders.
+
+    Through V_n, or where an example has one position through a a^T, weighted with g squared: as many multiplications in
+    one product of matrices for all rows, after i i numbers an example where V_n has o i.
+    """
     d_in = a.shape[-1]
     moments = g.new_zeros((*g.shape[:-3], g.shape[-1], d_in, d_in))
-    if a.shape[-2] == 1:
+    if a.shape[-2] == 1 and d_in < g.shape[-1]:
         for some_a, some_g in _chunks(a, g, each=d_in**2):
             outer = einsum(some_a, some_a, "... n s i, ... n s j -> ... n i j")
             summed = some_g.squeeze(-2).square().mT @ rearrange(outer, "... n i j -> ... n (i j)")

@@ -340,21 +340,22 @@ def test_unit_by_unit_batch_norm_is_exact_where_it_couples_no_examples(make, exa
     assert_same(block.to_dense(), expected[order(block.layout)][:, order(block.layout)] * unit_mask(block.layout))
 
 
-@pytest.mark.parametrize("norms", [0, 1, 2])
-def test_batch_norm_in_training_couples_examples(norms):
-    """What comes back to an example at a layer before a batch norm is not of its own loss alone."""
+@pytest.mark.parametrize(
+    ("first", "norms", "own"),
+    [(nn.LayerNorm, 0, True), (nn.BatchNorm1d, 0, True), (nn.LayerNorm, 1, False), (nn.BatchNorm1d, 1, False)],
+)
+def test_batch_norm_in_training_couples_examples(first, norms, own):
+    """What comes back to an example at a layer before a batch norm is not of its own loss alone; after it, it is."""
     hidden = [layer for _ in range(norms) for layer in (nn.BatchNorm1d(4), nn.Tanh())]
-    model = nn.Sequential(scattered(nn.LayerNorm(4)), nn.Tanh(), *hidden, nn.Linear(4, 3))
+    model = nn.Sequential(scattered(first(4)), nn.Tanh(), *hidden, nn.Linear(4, 3))
     inputs, labels = torch.randn(5, 4), torch.randint(3, (5,))
     settings = {"structure": "unit_wise", "options": kc.Options(draws=[[labels]])}
     block = kc.estimate(model, [inputs], "categorical", **settings)["0"]
-    parameters = parameters_of(model[0])
     losses = nn.functional.cross_entropy(model(inputs), labels, reduction="none")
-    rows = torch.stack([torch.cat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses])[
-        :, order(block.layout)
-    ]
+    gradients = [torch.autograd.grad(loss, parameters_of(model[0]), retain_graph=True) for loss in losses]
+    rows = torch.stack([torch.cat(of_one) for of_one in gradients])[:, order(block.layout)]
     expected = rows.T @ rows / 5 * unit_mask(block.layout)
-    if norms == 0:
+    if own:
         assert_same(block.to_dense(), expected)
     else:
         assert (block.to_dense() - expected).abs().max() > 0.01 * expected.abs().max()

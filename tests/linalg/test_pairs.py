@@ -77,7 +77,15 @@ def test_a_moment_forms_weight_gradients_only_where_that_is_cheaper(positions, f
     assert bool(calls) == formed
 
 
-@pytest.mark.parametrize("moment", [pairs.squared_gradients, pairs.row_moments])
-def test_one_position_forms_no_weight_gradient(moment, monkeypatch):
+@pytest.mark.parametrize(("d_out", "d_in", "positions", "formed"), [(9, 8, 1, False), (8, 8, 1, True), (9, 8, 2, True)])
+def test_row_moments_form_weight_gradients_only_where_that_is_cheaper(d_out, d_in, positions, formed, monkeypatch):
+    calls = []
+    plain = pairs.example_gradients
+    monkeypatch.setattr(pairs, "example_gradients", lambda *pair: calls.append(1) or plain(*pair))
+    pairs.row_moments(torch.randn(4, positions, d_in), torch.randn(4, positions, d_out))
+    assert bool(calls) == formed
+
+
+def test_one_position_forms_no_weight_gradient(monkeypatch):
     monkeypatch.setattr(pairs, "example_gradients", lambda *_: pytest.fail("a weight gradient was formed"))
-    moment(torch.randn(4, 1, 8), torch.randn(4, 1, 8))
+    pairs.squared_gradients(torch.randn(4, 1, 8), torch.randn(4, 1, 8))
