@@ -57,6 +57,7 @@ from .structures import (
     LowRankBlock,
     SamplingError,
     SumBlock,
+    UnitWiseBlock,
 )
 from .trust_region import KLClip
 from .wrapping import detach
@@ -114,6 +115,7 @@ __all__ = [
     "StateError",
     "SumBlock",
     "Tempered",
+    "UnitWiseBlock",
     "VonMises",
     "coverage",
     "detach",

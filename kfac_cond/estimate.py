@@ -63,7 +63,8 @@ def estimate(
     """The conditional Fisher of ``model`` over ``data``: inputs from the data, labels from the model.
 
     The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the
-    same afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws).
+    same afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws),
+    unless the model's own outputs do, by batch norm in training mode.
 
     Args:
         model: any module.
@@ -71,7 +72,8 @@ def estimate(
             arguments. Labels serve masks and class weights alone.
         likelihood: a likelihood, its name, a criterion module, or a ``kc.Product`` of several heads.
         structure: what each layer's block is stored as: 'kfac' (a Kronecker pair), 'ekfac' (its eigenbasis with
-            eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'block' (a dense matrix);
+            eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'unit_wise' (a dense
+            matrix for each output), 'block' (a dense matrix);
             'dense' (all layers in one matrix); 'mixed' (what ``Options(rules=)`` says of each layer, 'kfac' elsewhere).
             A list gives a list, from one pass of forwards and backwards. 'ekfac' and 'kpsvd' hold a and g of all the
             data until the end.

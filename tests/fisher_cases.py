@@ -42,10 +42,27 @@ def pixels() -> nn.Module:
     )
 
 
+class Normalised(nn.Module):
+    """Each kind of norm that leaves an example to itself, over (N, 4, 3); the layer norm is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group, self.instance = nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)
+        self.layer, self.rms = nn.LayerNorm((4, 3)), nn.RMSNorm(4)
+        self.head = nn.Linear(4, 3)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(torch.tanh(self.instance(torch.tanh(self.group(x)))))
+        return self.head(self.rms(torch.tanh(self.layer(h + x)).mean(-1)))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (perceptron, (5, 3)),
     "tokens": (Tokens, (4, 3, 2)),
     "pixels": (pixels, (4, 4, 3, 2)),
+    "normalised": (Normalised, (4, 4, 3)),
 }
 
 
@@ -79,7 +96,9 @@ class Case:
             outputs = self.model(self.inputs).detach()
             self.labels, *self.draws = (self.drawn(outputs) for _ in range(3))
         self.divisor = outputs[..., 0].numel()
-        self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        self.layers = {
+            name: m for name, m in self.model.named_modules() if any(True for _ in m.parameters(recurse=False))
+        }
 
     def drawn(self, outputs: Tensor) -> Tensor:
         if self.name == "categorical":

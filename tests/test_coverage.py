@@ -20,6 +20,7 @@ class Zoo(nn.Module):
         self.linear = nn.Linear(3, 4)
         self.conv = nn.Conv2d(2, 4, 3, groups=2)
         self.norm = nn.LayerNorm(4)
+        self.slope = nn.PReLU()
         self.embedding = nn.Embedding(5, 3)
         self.raw = nn.Parameter(torch.zeros(7))
         self.attention = nn.MultiheadAttention(4, 2)
@@ -44,13 +45,21 @@ def test_every_trainable_parameter_has_one_row():
 
 def test_what_is_covered():
     covered = {path for path, row in rows(Zoo()).items() if row.covered}
-    assert covered == {"linear.weight", "linear.bias", "conv.weight", "conv.bias", "partly.bias"}
+    assert covered == {
+        "linear.weight",
+        "linear.bias",
+        "conv.weight",
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "partly.bias",
+    }
 
 
 @pytest.mark.parametrize(
     ("path", "kind", "reason"),
     [
-        ("norm.weight", "LayerNorm", "no Kronecker form"),
+        ("slope.weight", "PReLU", "no Kronecker form"),
         ("raw", "Zoo", "no Kronecker form"),
         ("attention.in_proj_weight", "MultiheadAttention", "no Kronecker form"),
         ("attention.out_proj.weight", "NonDynamicallyQuantizableLinear", "no Kronecker form"),
@@ -68,7 +77,7 @@ def test_what_is_not_covered_says_why(path, kind, reason):
 def test_shares_and_counts_add_up():
     table = kc.coverage(Zoo())
     assert table.parameters == sum(p.numel() for p in Zoo().parameters() if p.requires_grad)
-    assert table.covered == 12 + 4 + 36 + 4 + 4
+    assert table.covered == 12 + 4 + 36 + 4 + 8 + 4
     assert table.share == table.covered / table.parameters
 
 
@@ -96,13 +105,13 @@ def test_the_text_has_a_line_for_every_row_and_the_share():
     lines = str(table).splitlines()
     assert len(lines) == len(table.rows) + 3
     assert lines[0].split() == ["parameter", "kind", "numbers", "covered", "reason", "remedy"]
-    assert lines[-1] == f"60 of {table.parameters} trainable numbers are covered: {100 * table.share:.2f} %"
+    assert lines[-1] == f"68 of {table.parameters} trainable numbers are covered: {100 * table.share:.2f} %"
 
 
 def test_the_dictionary_is_json():
     table = json.loads(json.dumps(kc.coverage(Zoo()).to_dict()))
     assert table["rows"][0]["path"] == "raw"
-    assert table["covered"] == 60
+    assert table["covered"] == 68
 
 
 def test_the_data_frame_has_the_same_rows():

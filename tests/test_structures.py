@@ -14,7 +14,7 @@ from .helpers import Apply
 from .reference import assert_same
 
 KINDS = ["sampled", "exact", "empirical", "forward_only"]
-PER_LAYER = ["kfac", "ekfac", "tkfac", "kpsvd", "diagonal", "block"]
+PER_LAYER = ["kfac", "ekfac", "tkfac", "kpsvd", "diagonal", "unit_wise", "block"]
 
 
 def by_group(F: Tensor, block: kc.Block) -> list[Tensor]:
@@ -53,6 +53,9 @@ def stored(structure: str, F: Tensor, block: kc.Block, kfac: kc.Block) -> Tensor
         return torch.diag(F.diagonal())
     if structure == "block":
         return F
+    if structure == "unit_wise":
+        row = torch.arange(block.layout.numel) // block.layout.d_in
+        return F * (row[:, None] == row)
     if structure == "ekfac":
         return eigen_corrected(F, block)
     make = {"tkfac": trace_restricted, "kpsvd": nearest}[structure]
@@ -85,7 +88,7 @@ def test_dense_is_brute_force_with_what_couples_the_layers(model, likelihood, ki
 
 
 @pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
-@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "diagonal", "unit_wise", "block", "dense"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_trace_is_that_of_the_exact_matrix(model, structure, kind):
     """ORACLES 20, of a sum of diagonal blocks that keeps all squared entries."""
@@ -237,7 +240,7 @@ def test_a_rule_with_a_structure_that_no_layer_has_is_refused(word):
         case("tokens", "categorical").estimate("mixed", "sampled", rules={"head": {"structure": word}})
 
 
-@pytest.mark.parametrize("structure", ["tkfac", "kpsvd", "diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["tkfac", "kpsvd", "diagonal", "unit_wise", "block", "dense"])
 def test_how_positions_are_shared_does_not_matter_to_what_is_made_of_examples(structure):
     of = case("tokens", "categorical")
     reduced = of.estimate(structure, "exact", rules={"*": {"sharing": "reduce"}})
@@ -252,7 +255,7 @@ def test_a_shared_basis_has_the_eigenvalues_of_the_exact_matrix():
         assert_same(block.to_dense(), eigen_corrected(of.block("exact", block), block))
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "unit_wise", "block", "dense"])
 def test_padded_positions_add_nothing(structure):
     model = Tokens()
     x = torch.randn(3, 4, 2)
@@ -270,7 +273,7 @@ def test_padded_positions_add_nothing(structure):
     assert_same(estimated(padded, masks, labels).to_dense(), estimated(x[:, :3], kc.Data(), labels[:, :3]).to_dense())
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "unit_wise", "block", "dense"])
 def test_positions_that_pose_as_examples_are_refused(structure):
     """A weight gradient of one example cannot be made of rows that do not say whose they are."""
     model = nn.Sequential(Apply(lambda x: x.reshape(-1, 3)), nn.Linear(3, 2), Apply(lambda h: h.reshape(-1, 2, 2)))

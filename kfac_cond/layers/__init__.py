@@ -8,9 +8,19 @@ from .base import LayerKind
 from .convolution import ConvolutionKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
+from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
 
 #: The kinds with a Kronecker form, in the order in which they are asked.
-KINDS: tuple[LayerKind, ...] = (LinearKind(), TransposedLinearKind(), ConvolutionKind())
+KINDS: tuple[LayerKind, ...] = (
+    LinearKind(),
+    TransposedLinearKind(),
+    ConvolutionKind(),
+    LayerNormKind(),
+    RMSNormKind(),
+    GroupNormKind(),
+    InstanceNormKind(),
+    BatchNormKind(),
+)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -25,9 +35,14 @@ def overridden(module: nn.Module) -> type[nn.Module] | None:
 
 __all__ = [
     "KINDS",
+    "BatchNormKind",
     "ConvolutionKind",
+    "GroupNormKind",
+    "InstanceNormKind",
     "LayerKind",
+    "LayerNormKind",
     "LinearKind",
+    "RMSNormKind",
     "TransposedLinearKind",
     "WeightLayout",
     "kind_of",

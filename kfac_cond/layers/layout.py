@@ -30,9 +30,10 @@ class WeightLayout:
     Args:
         weight: canonical name of the weight, or None where it is frozen.
         bias: canonical name of the bias, or None where there is none or it is frozen.
-        weight_shape: shape of the weight, frozen or not; its first dimension is d_out.
+        weight_shape: shape of the weight, frozen or not; its first dimensions count rows.
         groups: number of independent blocks of rows.
         transposed: the weight is stored as (d_in, d_out); without groups.
+        output_dims: how many dimensions of the weight count rows; they are the shape of the bias.
     """
 
     weight: str | None
@@ -40,6 +41,7 @@ class WeightLayout:
     weight_shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
+    output_dims: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,13 +55,18 @@ class WeightLayout:
         if self.weight is not None:
             shapes[self.weight] = self.weight_shape
         if self.bias is not None:
-            shapes[self.bias] = (self._rows,)
+            shapes[self.bias] = self._output_shape
         return shapes
+
+    @property
+    def _output_shape(self) -> tuple[int, ...]:
+        """Shape of the bias, trainable or not."""
+        return self.weight_shape[-1:] if self.transposed else self.weight_shape[: self.output_dims]
 
     @property
     def _rows(self) -> int:
         """Rows of all groups together."""
-        return self.weight_shape[-1 if self.transposed else 0]
+        return prod(self._output_shape)
 
     @property
     def d_out(self) -> int:
@@ -120,7 +127,7 @@ class WeightLayout:
             columns = matrix[..., :-1] if self.bias is not None else matrix
             tensors[self.weight] = columns.mT if self.transposed else columns.reshape(self.weight_shape)
         if self.bias is not None:
-            tensors[self.bias] = matrix[..., -1].reshape(self._rows)
+            tensors[self.bias] = matrix[..., -1].reshape(self._output_shape)
         return tensors
 
 

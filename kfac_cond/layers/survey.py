@@ -99,7 +99,7 @@ class Layer:
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, frozen or not, or None."""
-        return cast("nn.Parameter | None", self.modules[0].bias)
+        return cast("nn.Parameter | None", getattr(self.modules[0], "bias", None))
 
     def check_unchanged(self) -> None:
         """Raise ModelChangedError where the layer's shape or what is frozen differs from when it was wrapped."""

@@ -33,6 +33,26 @@ def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
     return sums
 
 
+def row_moments(a: Tensor, g: Tensor) -> Tensor:
+    """For each row o of V the sum over n of V_n[o] V_n[o]^T, [..., o, i, i], in the cheaper of two orders.
+
+    Through V_n, or where an example has one position through a a^T, weighted with g squared: as many multiplications in
+    one product of matrices for all rows, after i i numbers an example where V_n has o i.
+    """
+    d_in = a.shape[-1]
+    moments = g.new_zeros((*g.shape[:-3], g.shape[-1], d_in, d_in))
+    if a.shape[-2] == 1 and d_in < g.shape[-1]:
+        for some_a, some_g in _chunks(a, g, each=d_in**2):
+            outer = einsum(some_a, some_a, "... n s i, ... n s j -> ... n i j")
+            summed = some_g.squeeze(-2).square().mT @ rearrange(outer, "... n i j -> ... n (i j)")
+            moments += rearrange(summed, "... o (i j) -> ... o i j", i=d_in)
+        return symmetrise(moments)
+    for some_a, some_g in _chunks(a, g):
+        rows = rearrange(example_gradients(some_a, some_g), "... n o i -> ... o n i")
+        moments += rows.mT @ rows
+    return symmetrise(moments)
+
+
 def input_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
     """The sum over n of V_n^T G V_n, [..., i, i], in the cheaper of two orders.
 
@@ -84,8 +104,12 @@ def _rows(x: Tensor) -> Tensor:
     return rearrange(x, "... n s d -> ... (n s) d")
 
 
-def _chunks(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs in pieces of which the per-example gradients take ``MAX_ELEMENTS`` at most (one example at least)."""
-    each = g.shape[:-3].numel() * g.shape[-1] * a.shape[-1]
-    size = max(1, MAX_ELEMENTS // max(each, 1))
+def _chunks(a: Tensor, g: Tensor, *, each: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs in pieces of which what is formed takes ``MAX_ELEMENTS`` at most (one example at least).
+
+    Args:
+        each: the elements formed for one example of one group; None for those of its weight gradient.
+    """
+    each = g.shape[-1] * a.shape[-1] if each is None else each
+    size = max(1, MAX_ELEMENTS // max(g.shape[:-3].numel() * each, 1))
     return zip(torch.split(a, size, dim=-3), torch.split(g, size, dim=-3), strict=True)

@@ -15,6 +15,7 @@ from .low_rank import LowRankBlock
 from .sampling import SamplingError
 from .storage import Stored, register_stored
 from .sums import SumBlock
+from .unit_wise import UnitWiseBlock
 
 __all__ = [
     "COLLECTORS",
@@ -35,6 +36,7 @@ __all__ = [
     "SamplingError",
     "Stored",
     "SumBlock",
+    "UnitWiseBlock",
     "damped_inverses_of",
     "register_stored",
 ]

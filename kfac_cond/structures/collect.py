@@ -14,20 +14,29 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import MAX_FACTOR_DIM, JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
 from ..linalg.moments import trace
-from ..linalg.pairs import example_rows, input_moment, input_moment_diagonal, rotated, squared_gradients
-from ..linalg.sides import as_side
+from ..linalg.pairs import (
+    example_rows,
+    input_moment,
+    input_moment_diagonal,
+    rotated,
+    row_moments,
+    squared_gradients,
+)
+from ..linalg.sides import as_side, whole
 from ..statistics import combined
 from .base import Block, require_dense
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .kronecker import KroneckerBlock
+from .unit_wise import UnitWiseBlock, require_unit_wise
 
 logger = logging.getLogger("kfac_cond")
 
@@ -163,6 +172,24 @@ class DenseCollector(SummedCollector):
 
     def of_kronecker(self, block: KroneckerBlock) -> Block:
         return self.stored(block.to_dense())
+
+
+class UnitWiseCollector(SummedCollector):
+    """'unit_wise': for each row of the layer's matrix the sum of V_n[o] V_n[o]^T."""
+
+    def __init__(self, layout: WeightLayout, name: str) -> None:
+        super().__init__(layout, name)
+        require_unit_wise(layout, f"layer '{name}'")
+
+    def summand(self, a: Tensor, g: Tensor) -> Tensor:
+        return row_moments(a, g)
+
+    def stored(self, matrix: Tensor) -> Block:
+        return UnitWiseBlock(self.layout, matrix, self.name)
+
+    def of_kronecker(self, block: KroneckerBlock) -> Block:
+        A, G = block.sides
+        return self.stored(einsum(G.diagonal(dim1=-2, dim2=-1), whole(A), "... o, ... i j -> ... o i j"))
 
 
 class TraceRestrictedCollector(Collector):
@@ -334,6 +361,7 @@ COLLECTORS: dict[str, type[Collector]] = {
     "tkfac": TraceRestrictedCollector,
     "kpsvd": NearestCollector,
     "diagonal": DiagonalCollector,
+    "unit_wise": UnitWiseCollector,
     "block": DenseCollector,
 }
 

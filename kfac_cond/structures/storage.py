@@ -23,6 +23,7 @@ from .eigen import EigenBlock
 from .flat import FlatLayout
 from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
+from .unit_wise import UnitWiseBlock
 
 VERSION = 1
 KEY = "kfac_cond"
@@ -59,6 +60,7 @@ def register_stored(tag: str, stored: Stored) -> None:
 register_stored("kronecker", Stored(KroneckerBlock, ("A", "G")))
 register_stored("eigen", Stored(EigenBlock, ("values",), optional=("basis_A", "basis_G", "values_A", "values_G")))
 register_stored("diagonal", Stored(DiagonalBlock, ("values",)))
+register_stored("unit_wise", Stored(UnitWiseBlock, ("matrices",)))
 register_stored("low_rank", Stored(LowRankBlock, ("values", "vectors"), ("rest",)))
 
 

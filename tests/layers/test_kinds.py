@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.layers import ConvolutionKind, LinearKind, TransposedLinearKind, kind_of, overridden
+from kfac_cond.layers import (
+    BatchNormKind,
+    ConvolutionKind,
+    LayerNormKind,
+    LinearKind,
+    TransposedLinearKind,
+    kind_of,
+    overridden,
+)
 
 from ..helpers import Apply
 from ..reference import assert_same
@@ -22,9 +30,10 @@ def assert_gradient_is_made_of_pairs(module: nn.Module, inputs: Tensor) -> None:
     gradient = torch.randn_like(outputs)
     outputs.backward(gradient)
     a, g = kind.activations(module, inputs), kind.output_gradients(module, gradient)
-    if module.bias is not None:
+    biased = getattr(module, "bias", None) is not None
+    if biased:
         a = torch.cat([a, torch.ones(*a.shape[:-1], 1)], -1)
-    layout = kind.layout(module, weight="weight", bias=None if module.bias is None else "bias")
+    layout = kind.layout(module, weight="weight", bias="bias" if biased else None)
     expected = layout.to_matrix({name: p.grad for name, p in module.named_parameters()})
     assert_same(torch.einsum("...nso, ...nsi -> ...oi", g, a), expected)
 
@@ -147,7 +156,10 @@ class Changed(nn.Linear):
         (nn.ConvTranspose2d(1, 1, 1), None),
         (nn.MultiheadAttention(2, 1).out_proj, None),
         (nn.Bilinear(2, 2, 2), None),
-        (nn.LayerNorm(2), None),
+        (nn.LayerNorm(2), LayerNormKind),
+        (nn.BatchNorm2d(2), BatchNormKind),
+        (nn.LocalResponseNorm(2), None),
+        (nn.PReLU(), None),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x and x.__name__),
 )

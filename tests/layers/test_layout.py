@@ -19,6 +19,9 @@ LAYOUTS = {
     "groups": (WeightLayout("w", "b", (6, 2, 3), groups=2), (2, 3, 7)),
     "groups, bias alone": (WeightLayout(None, "b", (6, 2, 3), groups=2), (2, 3, 1)),
     "transposed": (WeightLayout("w", "b", (3, 4), transposed=True), (4, 4)),
+    "a unit an entry": (WeightLayout("w", "b", (2, 3), groups=6, output_dims=2), (6, 1, 2)),
+    "a unit an entry, bias alone": (WeightLayout(None, "b", (2, 3), groups=6, output_dims=2), (6, 1, 1)),
+    "one unit": (WeightLayout("w", "b", (1, 1), output_dims=2), (1, 2)),
     "joint": (
         JointLayout(
             parts=(WeightLayout("w", "b", (6, 2, 3), groups=2), WeightLayout("v", None, (3, 4), transposed=True))

@@ -170,7 +170,7 @@ def test_a_subclass_with_the_same_forward_is_covered():
 @pytest.mark.parametrize(
     ("module", "path", "remedy"),
     [
-        (nn.LayerNorm(4), "0.weight", "none needed"),
+        (nn.PReLU(4), "0.weight", "none needed"),
         (nn.ConvTranspose2d(2, 3, 3), "0.weight", "nn.Conv modules in its place"),
         (nn.ConvTranspose2d(2, 3, 3), "0.bias", "none needed"),
         (nn.LSTM(2, 3), "0.weight_ih_l0", "a LayerKind of your own"),

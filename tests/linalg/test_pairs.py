@@ -41,6 +41,13 @@ def test_squared_gradients(pair, most, monkeypatch):
     assert_same(pairs.squared_gradients(*pair), gradients(*pair).square().sum(-3))
 
 
+@pytest.mark.parametrize("most", [1, 30, 2**24])
+def test_row_moments(pair, most, monkeypatch):
+    monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
+    V = gradients(*pair)
+    assert_same(pairs.row_moments(*pair), torch.einsum("...noi, ...noj -> ...oij", V, V))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("most", [1, 30, 2**24])
 def test_input_moment(pair, most, weighted, monkeypatch):
@@ -67,6 +74,15 @@ def test_a_moment_forms_weight_gradients_only_where_that_is_cheaper(positions, f
     plain = pairs.example_gradients
     monkeypatch.setattr(pairs, "example_gradients", lambda *pair: calls.append(1) or plain(*pair))
     pairs.input_moment(torch.randn(4, positions, 8), torch.randn(4, positions, 8))
+    assert bool(calls) == formed
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "positions", "formed"), [(9, 8, 1, False), (8, 8, 1, True), (9, 8, 2, True)])
+def test_row_moments_form_weight_gradients_only_where_that_is_cheaper(d_out, d_in, positions, formed, monkeypatch):
+    calls = []
+    plain = pairs.example_gradients
+    monkeypatch.setattr(pairs, "example_gradients", lambda *pair: calls.append(1) or plain(*pair))
+    pairs.row_moments(torch.randn(4, positions, d_in), torch.randn(4, positions, d_out))
     assert bool(calls) == formed
 
 

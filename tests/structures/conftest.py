@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from kfac_cond.layers.layout import JointLayout, WeightLayout
-from kfac_cond.structures import Block, DenseBlock, DiagonalBlock, EigenBlock, Fisher, KroneckerBlock
+from kfac_cond.structures import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    Fisher,
+    KroneckerBlock,
+    UnitWiseBlock,
+)
 
 LAYOUTS = {
     "linear": WeightLayout("fc.weight", "fc.bias", (3, 4)),
@@ -19,6 +27,7 @@ LAYOUTS = {
     "groups": WeightLayout("conv.weight", "conv.bias", (6, 2, 2), groups=3),
     "groups-no-bias": WeightLayout("conv.weight", None, (6, 2, 2), groups=3),
     "groups-weight-frozen": WeightLayout(None, "conv.bias", (6, 2, 2), groups=3),
+    "norm": WeightLayout("norm.weight", "norm.bias", (2, 3), groups=6, output_dims=2),
 }
 SPD = Callable[..., Tensor]
 
@@ -74,7 +83,7 @@ def layout(request: pytest.FixtureRequest) -> WeightLayout:
 
 
 @pytest.fixture(
-    params=["kronecker", "eigen", "diagonal", "dense", "joint"]
+    params=["kronecker", "eigen", "diagonal", "unit-wise", "dense", "joint"]
     + [f"{word} with diagonal {sides}" for word in ("kronecker", "eigen") for sides in ("A", "G", "AG")]
 )
 def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: SPD) -> Block:
@@ -83,6 +92,8 @@ def block(request: pytest.FixtureRequest, layout: WeightLayout, kronecker, spd: 
         joint = JointLayout(parts=(layout, WeightLayout("other.weight", None, (2, 1))))
         whole = joint if request.param == "joint" else layout
         return DenseBlock(whole, spd(whole.numel, whole.numel), name="fc")
+    if request.param == "unit-wise":
+        return UnitWiseBlock(layout, spd(*layout.matrix_shape, layout.d_in), name="fc")
     structure, _, diagonal = request.param.partition(" with diagonal ")
     made: KroneckerBlock = kronecker(layout, diagonal=diagonal)
     if structure == "kronecker":
@@ -117,6 +128,8 @@ def dense(block: Block) -> Tensor:
         return torch.diag(block.values.flatten())
     if isinstance(block, DenseBlock):
         return block.matrix
+    if isinstance(block, UnitWiseBlock):
+        return torch.block_diag(*block.matrices.reshape(-1, layout.d_in, layout.d_in))
     assert isinstance(block, EigenBlock)
     left, right = bases(block.basis_G, layout.d_out), bases(block.basis_A, layout.d_in)
     products = [
