@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .data import Data
 from .errors import ArgumentError
+from .layers.layout import JointLayout
 from .likelihoods import Likelihood, as_likelihood
 from .linearised import Batches, Linearised
 from .output_fisher import root_times_noise
 from .structures.base import MAX_DENSE, checked_damping
 from .structures.fisher import AnyForm, Fisher
-from .structures.flat import FlatLayout
 from .structures.implicit import ImplicitBlock
 from .structures.iterative import Iteration
 from .structures.low_rank import LowRankBlock
@@ -65,7 +65,7 @@ def implicit(
     """
     chosen = as_likelihood(likelihood, heard=False)
     products = _Products(Linearised(model, data, chosen, picks or Data()))
-    block = ImplicitBlock(FlatLayout.of(products.linear.shapes), products, iteration or Iteration())
+    block = ImplicitBlock(JointLayout.of(products.linear.shapes), products, iteration or Iteration())
     return Fisher({WHOLE: block}, meta={"likelihood": repr(chosen), "kind": "exact", "structure": "implicit"})
 
 
@@ -112,7 +112,7 @@ class _Products:
 
     def __init__(self, linear: Linearised) -> None:
         self.linear = linear
-        self.layout = FlatLayout.of(linear.shapes)
+        self.layout = JointLayout.of(linear.shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +165,7 @@ class Gram:
     """
 
     rows: Tensor
-    layout: FlatLayout
+    layout: JointLayout
     meta: dict[str, Any]
 
     @cached_property
@@ -276,7 +276,7 @@ def gram(
 
     divisor = linear.visit(visitor)
     scaled = torch.cat(rows) / divisor.to(linear.device, linear.dtype).sqrt()
-    return Gram(scaled, FlatLayout.of(linear.shapes), {"likelihood": repr(chosen), "kind": "exact"})
+    return Gram(scaled, JointLayout.of(linear.shapes), {"likelihood": repr(chosen), "kind": "exact"})
 
 
 def _alone(columns: Tensor, example: int) -> Tensor:

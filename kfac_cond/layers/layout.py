@@ -51,8 +51,13 @@ class WeightLayout:
 
     @property
     def _rows(self) -> int:
-        """Rows of all groups together."""
-        return self.weight_shape[-1 if self.transposed else 0]
+        """Rows of all groups together; one of a single number."""
+        return self.weight_shape[-1 if self.transposed else 0] if self.weight_shape else 1
+
+    @property
+    def _columns(self) -> int:
+        """Columns of the weight."""
+        return prod(self.weight_shape[:-1] if self.transposed else self.weight_shape[1:])
 
     @property
     def d_out(self) -> int:
@@ -62,8 +67,7 @@ class WeightLayout:
     @property
     def d_in(self) -> int:
         """Columns of the matrix, the bias column included."""
-        columns = prod(self.weight_shape) // self._rows if self.weight is not None else 0
-        return columns + (self.bias is not None)
+        return (self._columns if self.weight is not None else 0) + (self.bias is not None)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -86,7 +90,7 @@ class WeightLayout:
         columns = []
         if self.weight is not None:
             weight = tensors[self.weight].mT if self.transposed else tensors[self.weight]
-            columns.append(weight.reshape(*self.matrix_shape[:-1], -1))
+            columns.append(weight.reshape(*self.matrix_shape[:-1], self._columns))
         if self.bias is not None:
             columns.append(tensors[self.bias].reshape(*self.matrix_shape[:-1], 1))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
@@ -120,6 +124,13 @@ class JointLayout(WeightLayout):
     bias: None = None
     weight_shape: tuple[int, ...] = ()
     parts: tuple[WeightLayout, ...] = ()
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> JointLayout:
+        """Parameters one after another, each flattened, of whatever modules: canonical name -> shape, in order."""
+        if not shapes:
+            raise ArgumentError("a layout of no parameters: is anything in the model trainable?")
+        return cls(parts=tuple(WeightLayout(name, None, tuple(shape)) for name, shape in shapes.items()))
 
     @property
     def names(self) -> tuple[str, ...]:

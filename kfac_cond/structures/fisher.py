@@ -162,7 +162,9 @@ class Fisher(Mapping[str, Block]):
             path: of the file; one that is there is replaced in one step.
 
         Raises:
-            ArgumentError: a block that holds nothing to save (an implicit one, a sum).
+            ArgumentError: a block known by its products alone (an implicit one, a function of a sum): it says what to
+                do instead.
+            OSError: the file could not be written, say on a full disk; one that was there is left.
             ImportError: without ``safetensors``, with what to install.
         """
         save_blocks(path, self._blocks, self.meta)

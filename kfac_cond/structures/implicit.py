@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .flat import FlatLayout
+from ..layers.layout import JointLayout
 from .iterative import Iteration, IterativeBlock
 
 
@@ -50,7 +50,7 @@ class ImplicitBlock(IterativeBlock):
     Source: Pearlmutter 1994 and Schraudolph 2002 (Neural Computation 14(7)) for the products.
     """
 
-    layout: FlatLayout
+    layout: JointLayout
     products: Products
     iteration: Iteration = field(default_factory=Iteration)
     factor: float = 1.0
