@@ -10,6 +10,7 @@ from torch import nn
 
 from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
+from .implicit import WORDS, Whole
 from .layers.survey import Layer, survey
 from .likelihoods import Likelihood, as_likelihood
 from .options import KINDS, Batches, Kind, Options
@@ -17,7 +18,7 @@ from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
 
-STRUCTURES = (*COLLECTORS, "dense", "mixed")
+STRUCTURES = (*COLLECTORS, "dense", "mixed", *WORDS)
 
 
 @overload
@@ -69,6 +70,9 @@ def estimate(
         structure: what each layer's block is stored as: 'kfac' (a Kronecker pair), 'ekfac' (its eigenbasis with
             eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'block' (a dense matrix);
             'dense' (all layers in one matrix); 'mixed' (what ``Options(rules=)`` says of each layer, 'kfac' elsewhere).
+            Two are of all trainable parameters, in a layer or not, and go through the data again for every product:
+            'implicit' (nothing is stored; of the same labels as the others) and 'low_rank' (its largest eigenpairs,
+            ``Options(rank=)``); with ``Options(layers=)`` of those layers, and without what a rule excludes.
             A list gives a list, from one pass of forwards and backwards. 'ekfac' and 'kpsvd' hold a and g of all the
             data until the end.
         kind: 'sampled' draws ``samples`` labels for each term; 'exact' sums over all labels in closed form (type-2),
@@ -84,7 +88,7 @@ def estimate(
 
     Raises:
         ArgumentError: an argument out of range, or data that yield nothing.
-        CoverageError: no layer to cover, or a pattern that matches none.
+        CoverageError: no layer to cover or parameter to differentiate, or a pattern that matches none.
         LikelihoodError: outputs or labels that do not fit the likelihood.
         NumericalError: a batch with statistics that are not finite.
 
@@ -103,9 +107,30 @@ def estimate(
     _check(model, words, kind, samples, options)
     if not callable(data):
         checked_batches(data)
+    chosen = as_likelihood(likelihood, heard=False)
+    stored = [word for word in words if word not in WORDS]
+    whole = None
+    if len(stored) < len(words):
+        # First, so that data which cannot be gone through again are refused before a pass has used them up.
+        whole = Whole(model, data, chosen, kind, samples, options, _names(model, options))
+    passed = iter(_of_one_pass(model, data, chosen, stored, kind, samples, options) if stored else ())
+    fishers = [next(passed) if whole is None or word not in WORDS else whole.fisher(word) for word in words]
+    return fishers[0] if isinstance(structure, str) else fishers
+
+
+def _of_one_pass(
+    model: nn.Module,
+    data: Batches,
+    likelihood: Likelihood,
+    words: list[str],
+    kind: Kind,
+    samples: int,
+    options: Options,
+) -> list[Fisher]:
+    """The Fishers that are stored layer by layer or as one matrix, from a pass that they share."""
     layers = _wanted(model, options)
     stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
-    given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
+    given = (model, layers, likelihood, kind, samples, options, stored)
     single = Pass(*given)
     total = single.run(data)
     factors = single.factors(total)
@@ -113,8 +138,7 @@ def estimate(
         for one in stored:
             one.look_again(factors)
         _check_again(total, Pass(*given).run(data))
-    fishers = single.fishers(total, factors, words)
-    return fishers[0] if isinstance(structure, str) else fishers
+    return single.fishers(total, factors, words)
 
 
 def _check(model: nn.Module, words: list[str], kind: str, samples: int, options: Options) -> None:
@@ -130,6 +154,14 @@ def _check(model: nn.Module, words: list[str], kind: str, samples: int, options:
     ruled = [pattern for pattern, rule in rules.items() if rule.get("structure") is not None]
     if ruled and "mixed" not in words:
         raise ArgumentError(f"rules['{ruled[0]}'] sets a structure: pass structure='mixed' for it to hold")
+    for pattern, rule in rules.items():
+        if rule.get("damping") is not None:
+            raise ArgumentError(
+                f"rules['{pattern}']: damping={rule['damping']!r} means nothing here, since kc.estimate inverts "
+                f"nothing: leave it out, and give it where you do, fisher.solve(v, damping=...)"
+            )
+    if options.rank is not None and "low_rank" not in words:
+        raise ArgumentError(f"Options(rank={options.rank}) is for structure='low_rank', and the structure is {words}")
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ArgumentError(f"samples={samples!r}: expected a whole number >= 1")
     if kind != "sampled" and (samples != 1 or options.draws is not None):
@@ -146,12 +178,6 @@ def _check_again(first: Statistics, second: Statistics) -> None:
 
 def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     found = survey(model, options.rules).layers
-    for pattern, rule in (options.rules or {}).items():
-        if rule.get("damping") is not None:
-            raise ArgumentError(
-                f"rules['{pattern}']: damping={rule['damping']!r} means nothing here, since kc.estimate inverts "
-                f"nothing: leave it out, and give it where you do, fisher.solve(v, damping=...)"
-            )
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in found):
@@ -164,6 +190,14 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     if not wanted:
         raise CoverageError(f"{type(model).__name__} has no layer that can be covered: see kc.coverage(model)")
     return wanted
+
+
+def _names(model: nn.Module, options: Options) -> set[str]:
+    """The parameters of 'implicit' and 'low_rank': the wanted layers', or all that no rule excludes."""
+    if options.layers is not None:
+        return {name for layer in _wanted(model, options).values() for name in layer.layout.names}
+    found = survey(model, options.rules)
+    return {row.path for row in found.rows} - found.excluded
 
 
 def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByLayer | Joint:

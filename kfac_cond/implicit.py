@@ -1,20 +1,24 @@
-"""The exact Fisher from a model and data: as products alone, or through its Gram kernel."""
+"""The Fisher of a whole model over data: as products alone, its largest eigenpairs, or through its Gram kernel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .checks import described
 from .data import Data
 from .errors import ArgumentError
+from .kinds import Expectation, facts
 from .layers.layout import JointLayout
 from .likelihoods import Likelihood, as_likelihood
-from .linearised import Batches, Linearised
-from .output_fisher import root_times_noise
+from .linearised import Linearised
+from .options import Batches, Kind, Options
 from .structures.base import MAX_DENSE, checked_damping
 from .structures.fisher import AnyForm, Fisher
 from .structures.implicit import ImplicitBlock
@@ -23,6 +27,12 @@ from .structures.low_rank import LowRankBlock
 
 WHOLE = "model"
 """The name of the one block of a Fisher that is not block-diagonal."""
+
+WORDS = ("implicit", "low_rank")
+"""Structures of the whole model, whose data are gone through again for every product."""
+
+RANK = 10
+"""Of 'low_rank' where none is given."""
 
 
 def implicit(
@@ -64,8 +74,8 @@ def implicit(
     Source: Martens 2020 (arXiv:1412.1193), sections 8 and 9.
     """
     chosen = as_likelihood(likelihood, heard=False)
-    products = _Products(Linearised(model, data, chosen, picks or Data()))
-    block = ImplicitBlock(JointLayout.of(products.linear.shapes), products, iteration or Iteration())
+    linear = Linearised(model, data, chosen, picks or Data())
+    block = _block(linear, iteration or Iteration())
     return Fisher({WHOLE: block}, meta={"likelihood": repr(chosen), "kind": "exact", "structure": "implicit"})
 
 
@@ -101,10 +111,85 @@ def low_rank(
         return gram(model, data, likelihood, picks=picks).low_rank(rank)
     if via != "lanczos":
         raise ArgumentError(f"via={via!r}: expected 'lanczos' or 'gram'")
-    whole = implicit(model, data, likelihood, picks=picks, iteration=iteration)
-    values, vectors = whole[WHOLE].top_eigenpairs(rank)
-    block = LowRankBlock(whole[WHOLE].layout, values, vectors)
-    return Fisher({WHOLE: block}, meta={**whole.meta, "structure": "low_rank", "rank": rank})
+    chosen = as_likelihood(likelihood, heard=False)
+    linear = Linearised(model, data, chosen, picks or Data())
+    found = _top(linear, rank, iteration or Iteration())
+    meta = {"likelihood": repr(chosen), "kind": "exact", "structure": "low_rank", "rank": rank}
+    return Fisher({WHOLE: found}, meta={**meta, "counts": linear.counts})
+
+
+class Whole:
+    """What the words 'implicit' and 'low_rank' of ``kc.estimate`` stand for: one Fisher of all data, of any kind.
+
+    Nothing is gone through before a word is asked for.
+
+    Args:
+        model: any module.
+        data: batches that can be gone through many times.
+        likelihood: with what the kind asks for.
+        kind: any but 'forward_only'.
+        samples: label draws a batch.
+        options: seed, labels handed in, picks, rank.
+        names: of the parameters wanted.
+
+    Raises:
+        ArgumentError: data or labels that can be gone through only once, or a kind without a backward.
+        CoverageError: no such parameter, or sharded ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        likelihood: Likelihood,
+        kind: Kind,
+        samples: int,
+        options: Options,
+        names: Collection[str],
+    ) -> None:
+        if kind == "forward_only":
+            raise ArgumentError(
+                "kind='forward_only' sends nothing back, so that there is no product for 'implicit' and 'low_rank': "
+                "take another structure, or another kind"
+            )
+        if isinstance(options.draws, Iterator):
+            raise ArgumentError(
+                f"Options(draws=...) is {described(options.draws)}, which can be gone through once, and every product "
+                "of 'implicit' and 'low_rank' goes through the labels: pass a list"
+            )
+        self.facts = partial(facts, likelihood, kind, samples=samples)
+        self.rank = options.rank
+        # The seed that None stands for is taken now: inside a pass it is another.
+        seeded = replace(options, seed=Expectation(kind, samples, options).draws.seed)
+        begin = partial(Expectation, kind, samples, seeded)
+        self.linear = Linearised(model, data, likelihood, options.data or Data(), begin=begin, names=names)
+
+    def fisher(self, word: str) -> Fisher:
+        """The Fisher in one of ``WORDS``."""
+        return self._low_rank() if word == "low_rank" else self._implicit()
+
+    def _implicit(self) -> Fisher:
+        if not self.linear.counts:
+            # One pass of forwards, so that what is wrong with the data or the labels is said here.
+            self.linear.count()
+        block = _block(self.linear, Iteration())
+        return Fisher({WHOLE: block}, meta={**self.facts("implicit"), "counts": self.linear.counts})
+
+    def _low_rank(self) -> Fisher:
+        size = sum(map(prod, self.linear.shapes.values()))
+        rank = min(RANK, size) if self.rank is None else self.rank
+        block = _top(self.linear, rank, Iteration())
+        return Fisher({WHOLE: block}, meta={**self.facts("low_rank"), "rank": rank, "counts": self.linear.counts})
+
+
+def _block(linear: Linearised, iteration: Iteration) -> ImplicitBlock:
+    return ImplicitBlock(JointLayout.of(linear.shapes), _Products(linear), iteration)
+
+
+def _top(linear: Linearised, rank: int, iteration: Iteration) -> LowRankBlock:
+    """The largest eigenpairs, by block Lanczos."""
+    block = _block(linear, iteration)
+    return LowRankBlock(block.layout, *block.top_eigenpairs(rank))
 
 
 class _Products:
@@ -141,7 +226,7 @@ class _Products:
         def visitor(batch: Any) -> Tensor:
             point = self.linear.at(batch)
             for index in range(n):
-                noise = root_times_noise(point.likelihood, point.values, generator)
+                noise = point.fisher.times_noise(generator)
                 total[index] += self.linear.flat(self.linear.pulled_back(point, noise, keep=index + 1 < n))
             return point.likelihood.terms(point.values)
 
@@ -265,12 +350,15 @@ def gram(
 
     def visitor(batch: Any) -> Tensor:
         point = linear.at(batch)
-        columns = [point.likelihood.weighted(c, point.values) for c in point.likelihood.fisher_columns(point.values)]
-        side = sum(map(len, rows)) + len(columns) * point.likelihood.examples(point.values)
-        if side > MAX_DENSE:
-            raise ArgumentError(
-                f"the Gram kernel would have a side of {side}, the most is {MAX_DENSE}: use kc.implicit"
-            )
+        examples, columns = point.likelihood.examples(point.values), []
+        for column in point.likelihood.fisher_columns(point.values):
+            columns.append(point.likelihood.weighted(column, point.values))
+            side = sum(map(len, rows)) + len(columns) * examples
+            if side > MAX_DENSE:
+                raise ArgumentError(
+                    f"the Gram kernel would have a side of {side} or more (examples, terms of an example and outputs "
+                    f"of a term, multiplied), the most is {MAX_DENSE}: use kc.implicit, or fewer data"
+                )
         rows.extend(linear.rows(point, _alone(torch.stack(columns), n)) for n in range(columns[0].shape[0]))
         return point.likelihood.terms(point.values)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,23 +19,25 @@ from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, CoverageError, LikelihoodError, NumericalError
 from .guards import EagerForwards, kept_state
 from .hooks import hook_owners
+from .kinds import Expectation, labels_out_of_range, require_examples
 from .layers.naming import join, named_modules
 from .likelihoods import Categorical, Likelihood
 from .listening import bound_to_batch
-from .output_fisher import fisher_times
+from .options import Batches, Options
+from .output_fisher import OfLikelihood, OfScores, OutputFisher
 
 logger = logging.getLogger("kfac_cond")
 
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One batch's outputs, with the graph that leads to them, and the likelihood bound to the batch."""
+    """One batch's outputs, with the graph that leads to them, the likelihood bound to the batch, and H."""
 
     outputs: Tensor
     likelihood: Likelihood
+    fisher: OutputFisher
     tangents: Tensor | None = None
 
     @property
@@ -73,15 +75,26 @@ class Linearised:
     Args:
         model: any module, in the mode it is in. Dropout masks are those of ``picks.seed``, the same in every product.
         data: batches, or a function that yields them; gone through once for each product.
-        likelihood: with an exact Fisher.
+        likelihood: with an exact Fisher, or for other kinds what they ask for.
         picks: where to find what a batch does not say.
+        begin: gives the expectation over y for a pass; by default the exact one.
+        names: of the parameters that J is taken in; None for all that are trainable.
 
     Raises:
         ArgumentError: a module that is none, or data that can be gone through only once.
         CoverageError: nothing trainable, or sharded parameters.
     """
 
-    def __init__(self, model: nn.Module, data: Batches, likelihood: Likelihood, picks: Data) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        likelihood: Likelihood,
+        picks: Data,
+        *,
+        begin: Callable[[], Expectation] | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
         if isinstance(data, Iterator):
@@ -92,11 +105,16 @@ class Linearised:
         while isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
         self.model, self.data, self.likelihood, self.picks = model, data, likelihood, picks
-        self.parameters = _trainable(model)
+        self.parameters = _trainable(model, names)
         self.seed = torch.initial_seed() if picks.seed is None else picks.seed
         #: Whether products with J go forward; None until the first has shown it.
         self.forward_mode: bool | None = None
-        self._number = 0
+        #: Of the last pass that came to its end: N and M.
+        self.counts: dict[str, Any] = {}
+        self._begin = begin or (lambda: Expectation("exact", 1, Options()))
+        self._expectation = self._begin()
+        self._number, self._examples = 0, 0
+        self._fisher: OutputFisher | None = None
         self._called = _Called(model)
         self._raw = {id(p): name for name, p in self._called.named_parameters()}
 
@@ -128,22 +146,36 @@ class Linearised:
             M of the data, 0-d: the sum over batches for 'mean', that of one for 'sum'.
         """
         divisors = []
+        # Anew, so that every pass has the same labels.
+        self._expectation, self._examples = self._begin(), 0
         with self._undisturbed():
             for number, batch in enumerate(self.data() if callable(self.data) else self.data):
-                self._number = number
+                self._number, self._fisher = number, None
                 divisors.append(visitor(batch))
+        self._fisher = None
+        self._expectation.finish()
         if not divisors:
             raise ArgumentError("data yielded no batch: expected at least one")
         found = torch.stack(divisors)
         divisor = found.max() if self.likelihood.reduction == "sum" else found.sum()
         if not bool(divisor > 0):
             raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
+        self.counts = {"examples": self._examples, "terms": divisor}
         return divisor
+
+    def count(self) -> None:
+        """One pass of forwards alone, after which ``counts`` are known and the data seen to fit."""
+
+        def visitor(batch: Any) -> Tensor:
+            point = self.at(batch)
+            return point.likelihood.terms(point.values)
+
+        self.visit(visitor)
 
     def at(self, batch: Any) -> Point:
         """The outputs on one batch, inside ``visit``."""
         self._sow(self._number)
-        return self._point(*self._called(batch))
+        return self._point(batch, *self._called(batch))
 
     def fisher_product(self, batch: Any, direction: Mapping[str, Tensor]) -> tuple[Gradients, Tensor]:
         """J^T H J v of one batch, not divided by M, and its M; inside ``visit``."""
@@ -178,10 +210,10 @@ class Linearised:
             }
             self._sow(self._number)
             output, targets = functional_call(self._called, duals, (batch,))
-            point = self._point(output, targets)
+            point = self._point(batch, output, targets)
             primal, tangents = forward_ad.unpack_dual(point.outputs)  # type: ignore[no-untyped-call]
         found = torch.zeros_like(primal) if tangents is None else tangents
-        return Point(primal, point.likelihood, found.detach())
+        return replace(point, outputs=primal, tangents=found.detach())
 
     def _pushed_twice(self, batch: Any, direction: Mapping[str, Tensor]) -> Point:
         """The outputs and J v as the derivative of u -> J^T u in the direction v."""
@@ -197,15 +229,15 @@ class Linearised:
                 if gradient is not None and gradient.requires_grad
             ]
             if not reached:
-                return Point(point.outputs, point.likelihood, torch.zeros_like(point.values))
+                return replace(point, tangents=torch.zeros_like(point.values))
             gradients, directions = zip(*reached, strict=True)
             tangents = torch.autograd.grad(gradients, probe, directions, retain_graph=True)[0]
-        return Point(point.outputs, point.likelihood, tangents.detach())
+        return replace(point, tangents=tangents.detach())
 
     def _weighed(self, point: Point) -> Gradients:
         """J^T H t, t the tangents of the point."""
         assert point.tangents is not None
-        return self.pulled_back(point, fisher_times(point.likelihood, point.values, point.tangents))
+        return self.pulled_back(point, point.fisher.times(point.tangents))
 
     def _goes_forward(self, batch: Any) -> bool:
         """Whether dual numbers give J v here, found out once, in a random direction through every parameter."""
@@ -229,18 +261,19 @@ class Linearised:
         Not so where a module keeps parameters in a place that dual numbers do not get to.
         """
         assert point.tangents is not None
-        scores = fisher_times(point.likelihood, point.values, point.tangents)
+        scores = point.fisher.times(point.tangents)
         left = float((point.tangents.to(self.dtype) * scores.to(self.dtype)).sum())
         right = float(self.flat(found) @ self.flat(direction))
         size = max(abs(left), abs(right))
         rough = 1e-2 if point.outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
         return abs(left - right) <= rough * size if size > 0.0 else None
 
-    def _point(self, output: Any, targets: Any) -> Point:
+    def _point(self, batch: Any, output: Any, targets: Any) -> Point:
         args, kwargs = self._called.call
         outputs = self.picks.pick_outputs(args, kwargs, output)
         if not outputs.requires_grad:
             raise CaptureError("the model's outputs do not depend on its parameters: were they made under no_grad?")
+        labels = self.picks.pick_targets(args, kwargs, output) if targets is None else targets
         if not (self.likelihood.needs_targets or isinstance(self.likelihood, Categorical)):
             targets = None
         bound = bound_to_batch(
@@ -250,7 +283,24 @@ class Linearised:
             raise LikelihoodError(f"{bound!r} needs data labels, and the batch has none: yield (inputs, labels)")
         if not bool(outputs.detach().isfinite().all()):
             raise NumericalError("outputs that are not finite: look for NaN or infinite inputs or weights")
-        return Point(outputs, bound)
+        if self._fisher is None:
+            # Once a batch, so that all vectors of a pass meet the same labels.
+            self._fisher = self._fisher_of(bound, outputs.detach(), batch, labels)
+            self._examples += bound.examples(outputs)
+        return Point(outputs, bound, self._fisher)
+
+    def _fisher_of(self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None) -> OutputFisher:
+        """H of a batch: in closed form, or of the labels that the kind puts for y."""
+        found: OutputFisher
+        if self._expectation.kind == "exact":
+            found, invalid = OfLikelihood(bound, outputs), bound.invalid_targets(outputs)
+        else:
+            require_examples(bound, outputs, batch, f"the score of an example (kind='{self._expectation.kind}')")
+            scores, invalid = self._expectation.scores(bound, outputs, batch, labels)
+            found = OfScores(scores)
+        if bool(invalid):
+            raise labels_out_of_range(self._number, bound)
+        return found
 
     def _filled(self, found: Iterable[Tensor | None]) -> Gradients:
         """Zeros where the outputs do not depend on a parameter."""
@@ -280,18 +330,22 @@ class Linearised:
             torch.get_device_module(self.device).manual_seed(seed)
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by canonical name, each once, in the order of the modules."""
+def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """Trainable parameters by canonical name, each once, in the order of the modules; of those in ``names``."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for owner, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
-            if hasattr(parameter, "full_tensor"):
-                raise CoverageError(f"'{join(owner, attribute)}' is a sharded DTensor: take the Fisher before sharding")
             seen.add(id(parameter))
-            found[join(owner, attribute)] = parameter
+            name = join(owner, attribute)
+            if names is not None and name not in names:
+                continue
+            if hasattr(parameter, "full_tensor"):
+                raise CoverageError(f"'{name}' is a sharded DTensor: take the Fisher before sharding")
+            found[name] = parameter
     if not found:
-        raise CoverageError(f"{type(model).__name__} has no trainable parameter")
+        among = "" if names is None else " that is not excluded"
+        raise CoverageError(f"{type(model).__name__} has no trainable parameter{among}")
     return found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .checks import check_seed, described, settings_of
+from .checks import check_seed, described, is_whole, settings_of
 from .data import Data
 from .errors import ArgumentError
 
@@ -29,7 +29,8 @@ class Options:
         draws: labels in place of the sampled ones: for each batch a sequence of label tensors, one a draw.
         second_pass: go through the data twice, where 'ekfac' would keep a and g of all of them. They must give the
             same batches again, in the same order: no iterator, and nothing that shuffles.
-        progress: show a progress bar; None shows it on a terminal.
+        rank: number of eigenpairs of structure='low_rank'; None for 10, or all where there are fewer.
+        progress: show a progress bar for the pass of stored structures; None shows it on a terminal.
         data: where to find masks, positions and outputs in a batch.
     """
 
@@ -38,6 +39,7 @@ class Options:
     seed: int | None = None
     draws: Iterable[Sequence[Tensor]] | None = None
     second_pass: bool = False
+    rank: int | None = None
     progress: bool | None = None
     data: Data | None = None
 
@@ -51,6 +53,8 @@ class Options:
             raise ArgumentError(
                 f"Options(draws=...) is {described(self.draws)}: expected a list of label tensors for each batch"
             )
+        if self.rank is not None and not (is_whole(self.rank) and self.rank >= 1):
+            raise ArgumentError(f"Options(rank={self.rank!r}): expected a whole number >= 1, or None for 10")
         if self.progress not in (None, True, False):
             raise ArgumentError(f"Options(progress={self.progress!r}): expected True, False, or None for a terminal")
         settings_of(self.data, Data, "Options.data")

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, counted, gathered
-from .checks import are_tensors, described
-from .data import Data, call_model, leading_dimension
-from .draws import Draws
+from .checks import described
+from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, LikelihoodError, NumericalError
 from .forwards import Pairs, Wanted
 from .guards import kept_state, without_autocast
 from .hooks import hook_owners
+from .kinds import Expectation, facts, labels_out_of_range
 from .layers.survey import Layer
-from .likelihoods import Categorical, Likelihood, exact_scores, sampled_scores
+from .likelihoods import Categorical, Likelihood
 from .listening import bound_to_batch
 from .options import Batches, Kind, Options
 from .progress import tracked
@@ -45,9 +45,8 @@ class Pass:
         self.model, self.layers, self.likelihood, self.stored = model, layers, likelihood, stored
         self.kind, self.samples = kind, samples
         self.data = options.data or Data()
-        self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
+        self.expectation = Expectation(kind, samples, options)
         self.progress = options.progress
-        self.injected = None if options.draws is None else iter(options.draws)
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
         self.wanted = self._wanted()
         self.capture = Capture(
@@ -98,7 +97,7 @@ class Pass:
                     total = statistics if total is None else total.merged(statistics)
         if total is None:
             raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
-        self._require_all_drawn()
+        self.expectation.finish()
         return total
 
     def statistics(self, number: int, batch: Any) -> Statistics:
@@ -135,52 +134,14 @@ class Pass:
             with without_autocast(outputs.device):
                 sums = self.capture.inputs()
                 return counted(sums, outputs, bound, invalid) if sums else None, invalid
-        scores, invalid = self._scores(bound, outputs, batch, labels)
+        scores, invalid = self.expectation.scores(bound, outputs, batch, labels)
         return gathered(self.capture, outputs, bound, scores, invalid=invalid), invalid
-
-    def _scores(
-        self, bound: Likelihood, outputs: Tensor, batch: Any, labels: Tensor | None
-    ) -> tuple[Iterator[tuple[Tensor, float]], Tensor]:
-        invalid = bound.invalid_targets(outputs)
-        if self.kind == "exact":
-            size = leading_dimension(batch)
-            if size is not None and size != bound.examples(outputs):
-                raise LikelihoodError(
-                    f"kind='exact' needs one example per index of dimension 0: the batch has {size}, the outputs have "
-                    f"{bound.examples(outputs)}. Give outputs (N, T, C) with kc.Data(outputs=...)."
-                )
-            return exact_scores(bound, outputs), invalid
-        if self.kind == "empirical":
-            if labels is None:
-                raise LikelihoodError(
-                    "kind='empirical' needs data labels, and the batch has none: yield (inputs, labels)"
-                )
-            invalid = invalid | bound.invalid_labels(outputs, labels)
-            return sampled_scores(bound, outputs, draws=[labels]), invalid
-        if self.injected is None:
-            generators = self.draws.generators(step=0, count=self.samples, device=outputs.device)
-            return sampled_scores(bound, outputs, generators=generators), invalid
-        drawn = next(self.injected, None)
-        if drawn is None:
-            raise ArgumentError("Options(draws=...) has fewer entries than the data have batches")
-        if not (isinstance(drawn, Tensor) or are_tensors(drawn)):
-            raise ArgumentError(
-                f"Options(draws=...) has {described(drawn)} for a batch: expected a list of label tensors, one a draw"
-            )
-        for labels in drawn:
-            invalid = invalid | bound.invalid_labels(outputs, labels)
-        return sampled_scores(bound, outputs, draws=drawn), invalid
-
-    def _require_all_drawn(self) -> None:
-        """Refuse injected draws of which some are left when the data are over."""
-        if self.injected is not None and next(self.injected, None) is not None:
-            raise ArgumentError("Options(draws=...) has more entries than the data have batches")
 
     def _check_usable(self, number: int, statistics: Statistics, invalid: Tensor) -> None:
         if statistics.finite.is_meta or bool(statistics.finite):
             return
         if bool(invalid):
-            raise LikelihoodError(f"batch {number}: labels out of the range of {self.likelihood!r}")
+            raise labels_out_of_range(number, self.likelihood)
         bad = [name for name, flag in statistics.nonfinite.items() if bool(flag)]
         raise NumericalError(
             f"batch {number}: statistics that are not finite in {len(bad)} of {len(self.layers)} layers, first in "
@@ -197,9 +158,7 @@ class Pass:
                 counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
             known = self.kind == "forward_only"
             blocks = one.of_kronecker(factors) if known else one.blocks(factors, total.divisor)
-            meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": word, "samples": self.samples}
-            if self.kind in ("empirical", "forward_only"):
-                meta["note"] = "not the conditional Fisher"
+            meta = facts(self.likelihood, self.kind, word, self.samples)
             fishers.append(Fisher(blocks, meta={**meta, "counts": counts}))
         return fishers
 

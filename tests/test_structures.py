@@ -85,6 +85,33 @@ def test_dense_is_brute_force_with_what_couples_the_layers(model, likelihood, ki
 
 
 @pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_implicit_is_brute_force_and_dense_without_a_matrix(model, likelihood, kind):
+    of = case(model, likelihood)
+    found, dense = of.estimate(["implicit", "dense"], kind)
+    assert found.parameter_names == dense.parameter_names
+    assert_same(found.to_dense(), of.dense(kind))
+    assert_same(found.to_dense(), dense.to_dense())
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_low_rank_is_the_best_of_its_rank(model, likelihood, kind, rank):
+    """Of all eigenpairs, where ``rank`` is None, the matrix itself."""
+    of = case(model, likelihood)
+    F = of.dense(kind)
+    kept = rank or len(F)
+    found = of.estimate("low_rank", kind, rank=kept)
+    values, vectors = torch.linalg.eigh(F)
+    best = (vectors[:, -kept:] * values[-kept:]) @ vectors[:, -kept:].T
+    assert_same(found.to_dense(), best, tolerance=1e-9)
+    assert (found["model"].rank, found.meta["rank"]) == (kept, kept)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
 @pytest.mark.parametrize("structure", ["ekfac", "tkfac", "diagonal", "block", "dense"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_trace_is_that_of_the_exact_matrix(model, structure, kind):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..linalg.kronecker import block_diagonal
 from .base import Block, Rule, checked_factor, named, require_dense
+from .iterative import Iteration
 from .merging import merged
 from .report import fisher_table
 from .storage import load_blocks, save_blocks
@@ -112,6 +113,10 @@ class Fisher(Mapping[str, Block]):
     def to(self, target: torch.device | torch.dtype | str) -> Fisher:
         """The same Fisher on another device or in another dtype."""
         return Fisher({name: block.to(target) for name, block in self.items()}, meta=self.meta)
+
+    def with_iteration(self, iteration: Iteration) -> Fisher:
+        """The same Fisher, whose iterative verbs (of implicit blocks, of sums, of their inverses) go as far as this."""
+        return Fisher({name: block.with_iteration(iteration) for name, block in self.items()}, meta=self.meta)
 
     def __mul__(self, factor: float) -> Fisher:
         """factor F, for a number that is finite and not negative."""
