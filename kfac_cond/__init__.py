@@ -42,7 +42,7 @@ from .likelihoods import (
     Tempered,
     VonMises,
 )
-from .options import Options
+from .options import Options, Structure
 from .preconditioner import KFAC
 from .schedules import Schedule
 from .structures import (
@@ -113,6 +113,7 @@ __all__ = [
     "SamplingError",
     "Schedule",
     "StateError",
+    "Structure",
     "SumBlock",
     "Tempered",
     "UnitWiseBlock",

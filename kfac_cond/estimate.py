@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, overload
@@ -13,15 +13,16 @@ from torch import nn
 from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
 from .heads import Distribution
+from .implicit import WORDS, Whole
 from .layers.survey import Layer, survey
 from .likelihoods import as_likelihood
-from .options import KINDS, Batches, Kind, Options
+from .options import KINDS, Batches, Kind, Options, Request, Structure
 from .partial import Partial, digest_of_model
 from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
 
-STRUCTURES = (*COLLECTORS, "dense", "mixed")
+STRUCTURES = (*COLLECTORS, "dense", "mixed", *WORDS)
 
 
 @overload
@@ -30,9 +31,10 @@ def estimate(
     data: Batches,
     likelihood: Distribution | str | nn.Module,
     *,
-    structure: str = "kfac",
+    structure: str | Structure = "kfac",
     kind: Kind = "sampled",
     samples: int = 1,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
     options: Options | None = None,
 ) -> Fisher: ...
 
@@ -43,9 +45,10 @@ def estimate(
     data: Batches,
     likelihood: Distribution | str | nn.Module,
     *,
-    structure: list[str] | tuple[str, ...],
+    structure: list[str] | list[Structure] | list[str | Structure] | tuple[str | Structure, ...],
     kind: Kind = "sampled",
     samples: int = 1,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
     options: Options | None = None,
 ) -> list[Fisher]: ...
 
@@ -55,16 +58,16 @@ def estimate(
     data: Batches,
     likelihood: Distribution | str | nn.Module,
     *,
-    structure: str | list[str] | tuple[str, ...] = "kfac",
+    structure: str | Structure | Sequence[str | Structure] = "kfac",
     kind: Kind = "sampled",
     samples: int = 1,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
     options: Options | None = None,
 ) -> Fisher | list[Fisher]:
     """The conditional Fisher of ``model`` over ``data``: inputs from the data, labels from the model.
 
     The model runs in the mode it is in; its parameters, gradients and buffers, and the global random state, are the
-    same afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws),
-    unless the model's own outputs do, by batch norm in training mode.
+    same afterwards. The result does not depend on how the data are batched (on CPU; elsewhere with injected draws).
 
     Args:
         model: any module.
@@ -73,8 +76,12 @@ def estimate(
         likelihood: a likelihood, its name, a criterion module, or a ``kc.Product`` of several heads.
         structure: what each layer's block is stored as: 'kfac' (a Kronecker pair), 'ekfac' (its eigenbasis with
             eigenvalues of its own), 'tkfac' and 'kpsvd' (other Kronecker pairs), 'diagonal', 'unit_wise' (a dense
-            matrix for each output), 'block' (a dense matrix);
-            'dense' (all layers in one matrix); 'mixed' (what ``Options(rules=)`` says of each layer, 'kfac' elsewhere).
+            matrix for each output), 'block' (a dense matrix); 'dense' (all layers in one matrix); 'mixed' (what
+            ``rules`` say of each layer, 'kfac' elsewhere).
+            Two are of all trainable parameters, in a layer or not, and go through the data again for every product:
+            'implicit' (nothing is stored; of the same labels as the others) and 'low_rank' (its largest eigenpairs,
+            ``kc.Structure('low_rank', rank=)``); with ``Options(layers=)`` of those layers, and without what a rule
+            excludes.
             A list gives a list, from one pass of forwards and backwards. 'ekfac' and 'kpsvd' hold a and g of all the
             data until the end.
         kind: 'sampled' draws ``samples`` labels for each term; 'exact' sums over all labels in closed form (type-2),
@@ -83,6 +90,8 @@ def estimate(
             squared; not zero on average away from the optimum); 'forward_only' takes no labels and no backward, and
             sets G = I.
         samples: label draws a batch, each one backward through the one forward.
+        rules: settings by layer-name pattern, {pattern: dict(sharing=, exclude=, max_factor_dim=, structure=)};
+            ``structure`` is for structure='mixed'.
         options: see ``Options``.
 
     Returns:
@@ -90,7 +99,7 @@ def estimate(
 
     Raises:
         ArgumentError: an argument out of range, or data that yield nothing.
-        CoverageError: no layer to cover, or a pattern that matches none.
+        CoverageError: no layer to cover or parameter to differentiate, or a pattern that matches none.
         LikelihoodError: outputs or labels that do not fit the likelihood.
         NumericalError: a batch with statistics that are not finite.
 
@@ -105,60 +114,93 @@ def estimate(
     expectation.
     """
     options = settings_of(options, Options, "options")
-    words = [structure] if isinstance(structure, str) else list(structure)
-    _check(model, words, kind, samples, options)
+    one = isinstance(structure, str | Structure)
+    words = _structures([structure] if isinstance(structure, str | Structure) else structure)
+    _check(model, words, kind, samples, rules, options)
     if not callable(data):
         checked_batches(data)
-    layers = _wanted(model, options)
-    stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
-    given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
-    single = Pass(*given)
-    partial = Partial(options.partial, _request(single, words) if options.partial is not None else {})
-    total = single.run(data, partial)
+    chosen = as_likelihood(likelihood, heard=False)
+    request = Request(model, data, chosen, kind, samples, checked_rules(rules), options)
+    stored = [word for word in words if word.name not in WORDS]
+    # First, so that data which cannot be gone through again are refused before a pass has used them up.
+    whole = Whole(request, _names(request)) if len(stored) < len(words) else None
+    passed = iter(_of_one_pass(request, stored) if stored else ())
+    fishers = [next(passed) if whole is None or word.name not in WORDS else whole.fisher(word) for word in words]
+    return fishers[0] if one else fishers
+
+
+def _of_one_pass(request: Request, words: list[Structure]) -> list[Fisher]:
+    """The Fishers that are stored layer by layer or as one matrix, from a pass that they share."""
+    layers = _wanted(request)
+    again = request.kind != "forward_only"
+    stored = [_storage(word.name, layers, twice=word.second_pass and again) for word in words]
+    single = Pass(request, layers, stored)
+    named = {} if request.options.partial is None else _described(request, single, words)
+    partial = Partial(request.options.partial, named)
+    total = single.run(partial)
     single.check_complete(total)
     if any(one.waiting for one in stored):
         factors = single.factors(total)
         for one in stored:
             one.look_again(factors)
-        _check_again(total, Pass(*given).run(data, partial, [total]))
-    fishers = single.fishers(total, words)
+        _check_again(total, Pass(request, layers, stored).run(partial, [total]))
+    fishers = single.fishers(total, [word.name for word in words])
     partial.remove()
-    return fishers[0] if isinstance(structure, str) else fishers
+    return fishers
 
 
-def _check(model: nn.Module, words: list[str], kind: str, samples: int, options: Options) -> None:
-    check_module(model)
+def _structures(given: Sequence[str | Structure]) -> list[Structure]:
+    """The structures asked for, each by a word or with what is said of it."""
+    words = [Structure(one) if isinstance(one, str) else one for one in given]
     if not words:
         raise ArgumentError("structure is an empty list: expected at least one structure")
     for word in words:
-        if word not in STRUCTURES:
-            raise ArgumentError(f"structure={word!r}: expected one of {', '.join(STRUCTURES)}")
+        if not isinstance(word, Structure) or word.name not in STRUCTURES:
+            name = word.name if isinstance(word, Structure) else word
+            raise ArgumentError(f"structure={name!r}: expected one of {', '.join(STRUCTURES)}")
+    return words
+
+
+def _check(
+    model: nn.Module,
+    words: list[Structure],
+    kind: str,
+    samples: int,
+    rules: Mapping[str, Mapping[str, Any]] | None,
+    options: Options,
+) -> None:
+    check_module(model)
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
-    rules = checked_rules(options.rules)
-    ruled = [pattern for pattern, rule in rules.items() if rule.get("structure") is not None]
-    if ruled and "mixed" not in words:
-        raise ArgumentError(f"rules['{ruled[0]}'] sets a structure: pass structure='mixed' for it to hold")
+    mixed = any(word.name == "mixed" for word in words)
+    for pattern, rule in checked_rules(rules).items():
+        if rule.get("structure") is not None and not mixed:
+            raise ArgumentError(f"rules['{pattern}'] sets a structure: pass structure='mixed' for it to hold")
+        if rule.get("damping") is not None:
+            raise ArgumentError(
+                f"rules['{pattern}']: damping={rule['damping']!r} means nothing here, since kc.estimate inverts "
+                f"nothing: leave it out, and give it where you do, fisher.solve(v, damping=...)"
+            )
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ArgumentError(f"samples={samples!r}: expected a whole number >= 1")
     if kind != "sampled" and (samples != 1 or options.draws is not None):
         raise ArgumentError(f"kind={kind!r} draws no labels: leave out samples and draws")
 
 
-def _request(single: Pass, words: list[str]) -> dict[str, Any]:
+def _described(request: Request, single: Pass, words: list[Structure]) -> dict[str, Any]:
     """What makes two estimates the same, as plain values."""
     return {
-        "likelihood": repr(single.likelihood),
-        "structure": words,
-        "kind": single.kind,
-        "samples": single.samples,
-        "seed": single.draws.seed,
-        "dtype": str(single.dtype),
+        "likelihood": repr(request.likelihood),
+        "structure": [repr(word) for word in words],
+        "kind": request.kind,
+        "samples": request.samples,
+        "seed": single.expectation.draws.seed,
+        "dtype": str(request.options.dtype),
         "layers": {
-            name: [list(one.layout.matrix_shape), one.sharing, one.max_factor_dim]
+            name: [list(one.layout.matrix_shape), one.sharing, one.max_factor_dim, one.rule.structure]
             for name, one in single.layers.items()
         },
-        "model": digest_of_model(single.model),
+        "model": digest_of_model(request.model),
     }
 
 
@@ -172,14 +214,8 @@ def _check_again(first: Statistics, second: Statistics) -> None:
         )
 
 
-def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
-    found = survey(model, options.rules).layers
-    for pattern, rule in (options.rules or {}).items():
-        if rule.get("damping") is not None:
-            raise ArgumentError(
-                f"rules['{pattern}']: damping={rule['damping']!r} means nothing here, since kc.estimate inverts "
-                f"nothing: leave it out, and give it where you do, fisher.solve(v, damping=...)"
-            )
+def _wanted(request: Request) -> dict[str, Layer]:
+    found, options = survey(request.model, request.rules).layers, request.options
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in found):
@@ -190,7 +226,7 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
         if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     if not wanted:
-        raise CoverageError(f"{type(model).__name__} has no layer that can be covered: see kc.coverage(model)")
+        raise CoverageError(f"{type(request.model).__name__} has no layer that can be covered: see kc.coverage(model)")
     return wanted
 
 
@@ -199,6 +235,14 @@ def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:
     if layer.rule.max_factor_dim is not None:
         return layer
     return replace(layer, rule=replace(layer.rule, max_factor_dim=max_factor_dim))
+
+
+def _names(request: Request) -> set[str]:
+    """The parameters of 'implicit' and 'low_rank': the wanted layers', or all that no rule excludes."""
+    if request.options.layers is not None:
+        return {name for layer in _wanted(request).values() for name in layer.layout.names}
+    found = survey(request.model, request.rules)
+    return {row.path for row in found.rows} - found.excluded
 
 
 def _storage(word: str, layers: Mapping[str, Layer], *, twice: bool) -> LayerByLayer | Joint:

@@ -1,22 +1,27 @@
-"""The exact Fisher from a model and data: as products alone, or through its Gram kernel."""
+"""The Fisher of a whole model over data: as products alone, its largest eigenpairs, or through its Gram kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial, reduce
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .checks import described
 from .data import Data
 from .errors import ArgumentError
-from .likelihoods import Likelihood, as_likelihood
-from .linearised import Batches, Linearised
-from .output_fisher import root_times_noise
+from .heads import Distribution
+from .kinds import facts
+from .layers.layout import JointLayout
+from .likelihoods import as_likelihood
+from .linearised import Linearised
+from .options import Batches, Options, Request, Structure
 from .structures.base import MAX_DENSE, checked_damping
 from .structures.fisher import AnyForm, Fisher
-from .structures.flat import FlatLayout
 from .structures.implicit import ImplicitBlock
 from .structures.iterative import Iteration
 from .structures.low_rank import LowRankBlock
@@ -24,11 +29,17 @@ from .structures.low_rank import LowRankBlock
 WHOLE = "model"
 """The name of the one block of a Fisher that is not block-diagonal."""
 
+WORDS = ("implicit", "low_rank")
+"""Structures of the whole model, whose data are gone through again for every product."""
+
+RANK = 10
+"""Of 'low_rank' where none is given."""
+
 
 def implicit(
     model: nn.Module,
     data: Batches,
-    likelihood: Likelihood | str | nn.Module,
+    likelihood: Distribution | str | nn.Module,
     *,
     picks: Data | None = None,
     iteration: Iteration | None = None,
@@ -63,16 +74,15 @@ def implicit(
 
     Source: Martens 2020 (arXiv:1412.1193), sections 8 and 9.
     """
-    chosen = as_likelihood(likelihood, heard=False)
-    products = _Products(Linearised(model, data, chosen, picks or Data()))
-    block = ImplicitBlock(FlatLayout.of(products.linear.shapes), products, iteration or Iteration())
-    return Fisher({WHOLE: block}, meta={"likelihood": repr(chosen), "kind": "exact", "structure": "implicit"})
+    linear = Linearised(_exact(model, data, likelihood, picks))
+    meta = {"likelihood": repr(linear.likelihood), "kind": "exact", "structure": "implicit"}
+    return Fisher({WHOLE: _block(linear, iteration or Iteration())}, meta=meta)
 
 
 def low_rank(
     model: nn.Module,
     data: Batches,
-    likelihood: Likelihood | str | nn.Module,
+    likelihood: Distribution | str | nn.Module,
     rank: int,
     *,
     via: Literal["lanczos", "gram"] = "lanczos",
@@ -101,10 +111,67 @@ def low_rank(
         return gram(model, data, likelihood, picks=picks).low_rank(rank)
     if via != "lanczos":
         raise ArgumentError(f"via={via!r}: expected 'lanczos' or 'gram'")
-    whole = implicit(model, data, likelihood, picks=picks, iteration=iteration)
-    values, vectors = whole[WHOLE].top_eigenpairs(rank)
-    block = LowRankBlock(whole[WHOLE].layout, values, vectors)
-    return Fisher({WHOLE: block}, meta={**whole.meta, "structure": "low_rank", "rank": rank})
+    linear = Linearised(_exact(model, data, likelihood, picks))
+    found = _top(linear, rank, iteration or Iteration())
+    meta = {"likelihood": repr(linear.likelihood), "kind": "exact", "structure": "low_rank", "rank": rank}
+    return Fisher({WHOLE: found}, meta={**meta, "counts": linear.counts})
+
+
+class Whole:
+    """What the words 'implicit' and 'low_rank' of ``kc.estimate`` stand for: one Fisher of all data, of any kind.
+
+    Nothing is gone through before a word is asked for.
+
+    Args:
+        request: with data that can be gone through many times, and any kind but 'forward_only'.
+        names: of the parameters wanted.
+
+    Raises:
+        ArgumentError: data or labels that can be gone through only once, or a kind without a backward.
+        CoverageError: no such parameter, or sharded ones.
+    """
+
+    def __init__(self, request: Request, names: Collection[str]) -> None:
+        if request.kind == "forward_only":
+            raise ArgumentError(
+                "kind='forward_only' sends nothing back, so that there is no product for 'implicit' and 'low_rank': "
+                "take another structure, or another kind"
+            )
+        draws = request.options.draws
+        if isinstance(draws, Iterator):
+            raise ArgumentError(
+                f"Options(draws=...) is {described(draws)}, which can be gone through once, and every product "
+                "of 'implicit' and 'low_rank' goes through the labels: pass a list"
+            )
+        self.facts = partial(facts, request.likelihood, request.kind, samples=request.samples)
+        self.linear = Linearised(request, names)
+
+    def fisher(self, structure: Structure) -> Fisher:
+        """The Fisher in one of ``WORDS``."""
+        return self._low_rank(structure.rank) if structure.name == "low_rank" else self._implicit()
+
+    def _implicit(self) -> Fisher:
+        if not self.linear.counts:
+            # One pass of forwards, so that what is wrong with the data or the labels is said here.
+            self.linear.count()
+        block = _block(self.linear, Iteration())
+        return Fisher({WHOLE: block}, meta={**self.facts("implicit"), "counts": self.linear.counts})
+
+    def _low_rank(self, rank: int | None) -> Fisher:
+        size = sum(map(prod, self.linear.shapes.values()))
+        rank = min(RANK, size) if rank is None else rank
+        block = _top(self.linear, rank, Iteration())
+        return Fisher({WHOLE: block}, meta={**self.facts("low_rank"), "rank": rank, "counts": self.linear.counts})
+
+
+def _block(linear: Linearised, iteration: Iteration) -> ImplicitBlock:
+    return ImplicitBlock(JointLayout.of(linear.shapes), _Products(linear), iteration)
+
+
+def _top(linear: Linearised, rank: int, iteration: Iteration) -> LowRankBlock:
+    """The largest eigenpairs, by block Lanczos."""
+    block = _block(linear, iteration)
+    return LowRankBlock(block.layout, *block.top_eigenpairs(rank))
 
 
 class _Products:
@@ -112,7 +179,7 @@ class _Products:
 
     def __init__(self, linear: Linearised) -> None:
         self.linear = linear
-        self.layout = FlatLayout.of(linear.shapes)
+        self.layout = JointLayout.of(linear.shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,30 +191,40 @@ class _Products:
 
     def fisher_rows(self, rows: Tensor) -> Tensor:
         directions = [self.layout.from_matrix(row.detach()) for row in rows]
-        total = torch.zeros_like(rows)
+        totals = [torch.zeros_like(rows) for _ in self.linear.slots.names]
 
         def visitor(batch: Any) -> Tensor:
-            divisor = torch.zeros(())
+            divisor = torch.zeros(len(totals))
             for index, direction in enumerate(directions):
-                product, divisor = self.linear.fisher_product(batch, direction)
-                total[index] += self.linear.flat(product)
+                products, divisor = self.linear.fisher_product(batch, direction)
+                for total, product in zip(totals, products, strict=True):
+                    total[index] += self.linear.flat(product)
             return divisor
 
-        return total / self.linear.visit(visitor).to(self.device, self.dtype)
+        scales = self._scales(self.linear.visit(visitor))
+        return reduce(torch.add, [total * scale for total, scale in zip(totals, scales, strict=True)])
 
     def sample_rows(self, n: int, generator: torch.Generator | None) -> Tensor:
-        total = torch.zeros(n, self.layout.numel, dtype=self.dtype, device=self.device)
+        zeros = torch.zeros(n, self.layout.numel, dtype=self.dtype, device=self.device)
+        totals = [zeros.clone() for _ in self.linear.slots.names]
 
         def visitor(batch: Any) -> Tensor:
             point = self.linear.at(batch)
             for index in range(n):
-                noise = root_times_noise(point.likelihood, point.values, generator)
-                total[index] += self.linear.flat(self.linear.pulled_back(point, noise, keep=index + 1 < n))
-            return point.likelihood.terms(point.values)
+                for head, fisher, total in zip(point.heads, point.fishers, totals, strict=True):
+                    pulled = self.linear.pulled_back(head, fisher.times_noise(generator), keep=True)
+                    total[index] += self.linear.flat(pulled)
+            return point.divisor
 
         if n == 0:
-            return total
-        return total / self.linear.visit(visitor).to(self.device, self.dtype).sqrt()
+            return zeros
+        scales = self._scales(self.linear.visit(visitor))
+        return reduce(torch.add, [total * scale.sqrt() for total, scale in zip(totals, scales, strict=True)])
+
+    def _scales(self, divisor: Tensor) -> list[Tensor]:
+        """w_h / M_h of each head."""
+        pairs = zip(self.linear.slots.weights, divisor.unbind(), strict=True)
+        return [(weight / M).to(self.device, self.dtype) for weight, M in pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +242,7 @@ class Gram:
     """
 
     rows: Tensor
-    layout: FlatLayout
+    layout: JointLayout
     meta: dict[str, Any]
 
     @cached_property
@@ -237,7 +314,7 @@ class Gram:
 
 
 def gram(
-    model: nn.Module, data: Batches, likelihood: Likelihood | str | nn.Module, *, picks: Data | None = None
+    model: nn.Module, data: Batches, likelihood: Distribution | str | nn.Module, *, picks: Data | None = None
 ) -> Gram:
     """The Gram kernel of the exact Fisher, for when N R C is smaller than the number of parameters P.
 
@@ -259,24 +336,34 @@ def gram(
         >>> kernel.matrix.shape
         torch.Size([8, 8])
     """
-    chosen = as_likelihood(likelihood, heard=False)
-    linear = Linearised(model, data, chosen, picks or Data())
-    rows: list[Tensor] = []
+    linear = Linearised(_exact(model, data, likelihood, picks))
+    rows: list[tuple[int, Tensor]] = []
 
     def visitor(batch: Any) -> Tensor:
         point = linear.at(batch)
-        columns = [point.likelihood.weighted(c, point.values) for c in point.likelihood.fisher_columns(point.values)]
-        side = sum(map(len, rows)) + len(columns) * point.likelihood.examples(point.values)
-        if side > MAX_DENSE:
-            raise ArgumentError(
-                f"the Gram kernel would have a side of {side}, the most is {MAX_DENSE}: use kc.implicit"
-            )
-        rows.extend(linear.rows(point, _alone(torch.stack(columns), n)) for n in range(columns[0].shape[0]))
-        return point.likelihood.terms(point.values)
+        for index, head in enumerate(point.heads):
+            columns, values = [], head.outputs.detach()
+            for column in head.likelihood.fisher_columns(values):
+                columns.append(head.likelihood.weighted(column, values))
+                side = sum(len(some) for _, some in rows) + len(columns) * len(values)
+                if side > MAX_DENSE:
+                    raise ArgumentError(
+                        f"the Gram kernel would have a side of {side} or more (examples, terms of an example and "
+                        f"outputs of a term, multiplied), the most is {MAX_DENSE}: use kc.implicit, or fewer data"
+                    )
+            stacked = torch.stack(columns)
+            rows.extend((index, linear.rows(head, _alone(stacked, n))) for n in range(len(values)))
+        return point.divisor
 
-    divisor = linear.visit(visitor)
-    scaled = torch.cat(rows) / divisor.to(linear.device, linear.dtype).sqrt()
-    return Gram(scaled, FlatLayout.of(linear.shapes), {"likelihood": repr(chosen), "kind": "exact"})
+    divisor, weights = linear.visit(visitor), linear.slots.weights
+    scales = [(weight / M).sqrt() for weight, M in zip(weights, divisor.unbind(), strict=True)]
+    scaled = torch.cat([some * scales[head].to(some) for head, some in rows])
+    return Gram(scaled, JointLayout.of(linear.shapes), {"likelihood": repr(linear.likelihood), "kind": "exact"})
+
+
+def _exact(model: nn.Module, data: Batches, likelihood: Distribution | str | nn.Module, picks: Data | None) -> Request:
+    """The exact Fisher over data, asked for directly."""
+    return Request(model, data, as_likelihood(likelihood, heard=False), "exact", 1, {}, Options(data=picks))
 
 
 def _alone(columns: Tensor, example: int) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,30 +18,31 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, CoverageError, NumericalError
 from .guards import EagerForwards, kept_state
-from .heads import bound_to_batch, meaningful, require_targets
+from .heads import Head, bound_to_batch, divisors, invalid_targets, meaningful, picked, require_targets
 from .hooks import hook_owners
+from .kinds import Expectation, counts_of, labels_out_of_range, require_examples, require_terms
 from .layers.naming import join, named_modules
-from .likelihoods import Likelihood
-from .output_fisher import fisher_times
+from .options import Request
+from .output_fisher import OfLikelihood, OfScores, OutputFisher
+from .statistics import Slots
 
 logger = logging.getLogger("kfac_cond")
 
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One batch's outputs, with the graph that leads to them, and the likelihood bound to the batch."""
+    """One batch: its heads, with the graph that leads to their outputs, and H of each; with tangents J v of each."""
 
-    outputs: Tensor
-    likelihood: Likelihood
-    tangents: Tensor | None = None
+    heads: tuple[Head, ...]
+    fishers: tuple[OutputFisher, ...]
+    tangents: tuple[Tensor, ...] = ()
 
     @property
-    def values(self) -> Tensor:
-        """The outputs without their graph."""
-        return self.outputs.detach()
+    def divisor(self) -> Tensor:
+        """M of each head, [heads]."""
+        return divisors(self.heads)
 
 
 class _Called(nn.Module):
@@ -71,17 +72,17 @@ class Linearised:
     form, since the fused one on the CPU has neither.
 
     Args:
-        model: any module, in the mode it is in. Dropout masks are those of ``picks.seed``, the same in every product.
-        data: batches, or a function that yields them; gone through once for each product.
-        likelihood: with an exact Fisher.
-        picks: where to find what a batch does not say.
+        request: the model, in the mode it is in (dropout masks are those of the data's seed, the same in every
+            product); data, gone through once for each product; the likelihood and the kind.
+        names: of the parameters that J is taken in; None for all that are trainable.
 
     Raises:
         ArgumentError: a module that is none, or data that can be gone through only once.
         CoverageError: nothing trainable, or sharded parameters.
     """
 
-    def __init__(self, model: nn.Module, data: Batches, likelihood: Likelihood, picks: Data) -> None:
+    def __init__(self, request: Request, names: Collection[str] | None = None) -> None:
+        model, data = request.model, request.data
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is {type(model).__name__}: expected a torch.nn.Module")
         if isinstance(data, Iterator):
@@ -91,12 +92,20 @@ class Linearised:
             )
         while isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
-        self.model, self.data, self.likelihood, self.picks = model, data, likelihood, picks
-        self.parameters = _trainable(model)
-        self.seed = torch.initial_seed() if picks.seed is None else picks.seed
+        self.model, self.data, self.likelihood = model, data, request.likelihood
+        self.picks = request.options.data or Data()
+        self.parameters = _trainable(model, names)
+        self.seed = torch.initial_seed() if self.picks.seed is None else self.picks.seed
         #: Whether products with J go forward; None until the first has shown it.
         self.forward_mode: bool | None = None
-        self._number = 0
+        #: Of the last pass that came to its end: N and M.
+        self.counts: dict[str, Any] = {}
+        # The seed of draws that None stands for is taken now: inside a pass it is another.
+        seed = Expectation(request).draws.seed
+        self._request = replace(request, options=replace(request.options, seed=seed))
+        self._expectation = Expectation(self._request)
+        self._number, self._examples = 0, 0
+        self._fishers: tuple[OutputFisher, ...] = ()
         self._called = _Called(model)
         self._raw = {id(p): name for name, p in self._called.named_parameters()}
 
@@ -118,49 +127,63 @@ class Linearised:
         """The device of the first parameter."""
         return next(iter(self.parameters.values())).device
 
+    @property
+    def slots(self) -> Slots:
+        """The heads with their weights."""
+        return self._expectation.slots
+
     def visit(self, visitor: Callable[[Any], Tensor]) -> Tensor:
         """Call ``visitor`` with every batch; nothing of the model changes.
 
         Args:
-            visitor: takes a batch, returns its M, 0-d.
+            visitor: takes a batch, returns M of its heads, [heads].
 
         Returns:
-            M of the data, 0-d: the sum over batches for 'mean', that of one for 'sum'.
+            M of the data, [heads]: the sum over batches for 'mean', that of one for 'sum'.
         """
-        divisors = []
+        total: Tensor | None = None
+        # Anew, so that every pass has the same labels.
+        self._expectation, self._examples = Expectation(self._request), 0
         with self._undisturbed():
             for number, batch in enumerate(self.data() if callable(self.data) else self.data):
-                self._number = number
-                divisors.append(visitor(batch))
-        if not divisors:
+                self._number, self._fishers = number, ()
+                divisor = visitor(batch)
+                total = divisor if total is None else self.slots.added(total, divisor)
+        self._fishers = ()
+        self._expectation.finish()
+        if total is None:
             raise ArgumentError("data yielded no batch: expected at least one")
-        found = torch.stack(divisors)
-        divisor = found.max() if self.likelihood.reduction == "sum" else found.sum()
-        if not bool(divisor > 0):
-            raise ArgumentError("the data have no valid loss term (M = 0): every label is masked or ignored")
-        return divisor
+        require_terms(self.slots, total)
+        self.counts = counts_of(self.slots, total, self._examples)
+        return total
+
+    def count(self) -> None:
+        """One pass of forwards alone, after which ``counts`` are known and the data seen to fit."""
+        self.visit(lambda batch: self.at(batch).divisor)
 
     def at(self, batch: Any) -> Point:
         """The outputs on one batch, inside ``visit``."""
         self._sow(self._number)
-        return self._point(*self._called(batch))
+        return self._point(batch, *self._called(batch))
 
-    def fisher_product(self, batch: Any, direction: Mapping[str, Tensor]) -> tuple[Gradients, Tensor]:
-        """J^T H J v of one batch, not divided by M, and its M; inside ``visit``."""
+    def fisher_product(self, batch: Any, direction: Mapping[str, Tensor]) -> tuple[list[Gradients], Tensor]:
+        """J^T H J v of one batch head by head, not divided by M, and M of each; inside ``visit``."""
         push = self._pushed_forward if self._goes_forward(batch) else self._pushed_twice
         point = push(batch, direction)
-        return self._weighed(point), point.likelihood.terms(point.values)
+        return self._weighed(point), point.divisor
 
-    def pulled_back(self, point: Point, vectors: Tensor, *, keep: bool = False) -> Gradients:
-        """J^T u by parameter; with ``keep`` the graph stays for more."""
+    def pulled_back(self, head: Head, vectors: Tensor, *, keep: bool = False) -> Gradients:
+        """J^T u by parameter, J that of a head; with ``keep`` the graph stays for more."""
+        if not head.outputs.requires_grad:
+            return self._filled([None] * len(self.parameters))
         found = torch.autograd.grad(
-            point.outputs, list(self.parameters.values()), vectors, retain_graph=keep, allow_unused=True
+            head.outputs, list(self.parameters.values()), vectors, retain_graph=keep, allow_unused=True
         )
         return self._filled(found)
 
-    def rows(self, point: Point, vectors: Tensor) -> Tensor:
+    def rows(self, head: Head, vectors: Tensor) -> Tensor:
         """J^T u of many u [k, *outputs.shape] as flat rows [k, P]."""
-        flat = [self.flat(self.pulled_back(point, vector, keep=True)) for vector in vectors]
+        flat = [self.flat(self.pulled_back(head, vector, keep=True)) for vector in vectors]
         return torch.stack(flat)
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -178,34 +201,41 @@ class Linearised:
             }
             self._sow(self._number)
             output, targets = functional_call(self._called, duals, (batch,))
-            point = self._point(output, targets)
-            primal, tangents = forward_ad.unpack_dual(point.outputs)  # type: ignore[no-untyped-call]
-        found = torch.zeros_like(primal) if tangents is None else tangents
-        return Point(primal, point.likelihood, found.detach())
+            point = self._point(batch, output, targets)
+            pairs = [forward_ad.unpack_dual(head.outputs) for head in point.heads]  # type: ignore[no-untyped-call]
+        heads = tuple(replace(head, outputs=primal) for head, (primal, _) in zip(point.heads, pairs, strict=True))
+        tangents = tuple(torch.zeros_like(x) if tangent is None else tangent.detach() for x, tangent in pairs)
+        return replace(point, heads=heads, tangents=tangents)
 
     def _pushed_twice(self, batch: Any, direction: Mapping[str, Tensor]) -> Point:
         """The outputs and J v as the derivative of u -> J^T u in the direction v."""
         with torch.backends.cudnn.flags(enabled=False):
             point = self.at(batch)
-            probe = torch.zeros_like(point.outputs, requires_grad=True)
-            pulled = torch.autograd.grad(
-                point.outputs, list(self.parameters.values()), probe, create_graph=True, allow_unused=True
-            )
-            reached = [
-                (gradient, direction[name].to(gradient))
-                for name, gradient in zip(self.parameters, pulled, strict=True)
-                if gradient is not None and gradient.requires_grad
-            ]
-            if not reached:
-                return Point(point.outputs, point.likelihood, torch.zeros_like(point.values))
-            gradients, directions = zip(*reached, strict=True)
-            tangents = torch.autograd.grad(gradients, probe, directions, retain_graph=True)[0]
-        return Point(point.outputs, point.likelihood, tangents.detach())
+            return replace(point, tangents=tuple(self._pushed_head(head, direction) for head in point.heads))
 
-    def _weighed(self, point: Point) -> Gradients:
-        """J^T H t, t the tangents of the point."""
-        assert point.tangents is not None
-        return self.pulled_back(point, fisher_times(point.likelihood, point.values, point.tangents))
+    def _pushed_head(self, head: Head, direction: Mapping[str, Tensor]) -> Tensor:
+        """J v of one head."""
+        probe = torch.zeros_like(head.outputs, requires_grad=True)
+        if not head.outputs.requires_grad:
+            return probe.detach()
+        pulled = torch.autograd.grad(
+            head.outputs, list(self.parameters.values()), probe, create_graph=True, allow_unused=True
+        )
+        reached = [
+            (gradient, direction[name].to(gradient))
+            for name, gradient in zip(self.parameters, pulled, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not reached:
+            return probe.detach()
+        gradients, directions = zip(*reached, strict=True)
+        return torch.autograd.grad(gradients, probe, directions, retain_graph=True)[0].detach()
+
+    def _weighed(self, point: Point) -> list[Gradients]:
+        """J^T H t head by head, t the tangents of the point."""
+        last = len(point.heads) - 1
+        parts = enumerate(zip(point.heads, point.fishers, point.tangents, strict=True))
+        return [self.pulled_back(head, H.times(t), keep=index < last) for index, (head, H, t) in parts]
 
     def _goes_forward(self, batch: Any) -> bool:
         """Whether dual numbers give J v here, found out once, in a random direction through every parameter."""
@@ -223,32 +253,57 @@ class Linearised:
                 self.forward_mode = self._are_transposes(point, found, direction)
         return bool(self.forward_mode)
 
-    def _are_transposes(self, point: Point, found: Gradients, direction: Gradients) -> bool | None:
-        """Whether t^T H t = v^T (J^T H t); None where all is zero and nothing can be said.
+    def _are_transposes(self, point: Point, found: list[Gradients], direction: Gradients) -> bool | None:
+        """Whether t^T H t = v^T (J^T H t), summed over heads; None where all is zero and nothing can be said.
 
         Not so where a module keeps parameters in a place that dual numbers do not get to.
         """
-        assert point.tangents is not None
-        scores = fisher_times(point.likelihood, point.values, point.tangents)
-        left = float((point.tangents.to(self.dtype) * scores.to(self.dtype)).sum())
-        right = float(self.flat(found) @ self.flat(direction))
+        left = right = 0.0
+        for H, t, gradients in zip(point.fishers, point.tangents, found, strict=True):
+            left += float((t.to(self.dtype) * H.times(t).to(self.dtype)).sum())
+            right += float(self.flat(gradients) @ self.flat(direction))
         size = max(abs(left), abs(right))
-        rough = 1e-2 if point.outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        return abs(left - right) <= rough * size if size > 0.0 else None
+        narrow = any(head.outputs.dtype in (torch.float16, torch.bfloat16) for head in point.heads)
+        return abs(left - right) <= (1e-2 if narrow else 1e-3) * size if size > 0.0 else None
 
-    def _point(self, output: Any, targets: Any) -> Point:
+    def _point(self, batch: Any, output: Any, targets: Any) -> Point:
         args, kwargs = self._called.call
-        outputs = self.picks.pick_outputs(args, kwargs, output)
-        if not outputs.requires_grad:
+        outputs = picked(self.likelihood, self.picks, args, kwargs, output)
+        if not any(one.requires_grad for one in outputs.values()):
             raise CaptureError("the model's outputs do not depend on its parameters: were they made under no_grad?")
-        targets = meaningful(self.likelihood, targets)
-        (head,) = bound_to_batch(
-            self.likelihood, self.picks, {"": outputs}, args=args, kwargs=kwargs, output=output, targets=targets
+        labels = self.picks.pick_targets(args, kwargs, output) if targets is None else targets
+        given = meaningful(self.likelihood, targets)
+        heads = bound_to_batch(
+            self.likelihood, self.picks, outputs, args=args, kwargs=kwargs, output=output, targets=given
         )
-        require_targets([head], "yield (inputs, labels)")
-        if not bool(outputs.detach().isfinite().all()):
+        require_targets(heads, "yield (inputs, labels)")
+        if not all(bool(head.outputs.detach().isfinite().all()) for head in heads):
             raise NumericalError("outputs that are not finite: look for NaN or infinite inputs or weights")
-        return Point(outputs, head.likelihood)
+        if not self._fishers:
+            # Once a batch, so that all vectors of a pass meet the same labels.
+            still = [replace(head, outputs=head.outputs.detach()) for head in heads]
+            self._fishers = self._fishers_of(still, batch, labels)
+            self._examples += heads[0].likelihood.examples(heads[0].outputs)
+        return Point(heads, self._fishers)
+
+    def _fishers_of(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[OutputFisher, ...]:
+        """H of each head of a batch: in closed form, or of the labels that the kind puts for y."""
+        fishers: tuple[OutputFisher, ...]
+        kind = self._expectation.kind
+        if kind == "exact":
+            invalid = invalid_targets(heads)
+            fishers = tuple(OfLikelihood(head.likelihood, head.outputs) for head in heads)
+        else:
+            require_examples(heads, batch, f"the score of an example (kind='{kind}')")
+            found, invalid = self._expectation.scores(heads, batch, labels)
+            sent = list(found)
+            fishers = tuple(
+                OfScores([(one.score, one.weight) for one in sent if self.slots.head(one.slot) == index])
+                for index in range(len(heads))
+            )
+        if bool(invalid):
+            raise labels_out_of_range(self._number, self.likelihood)
+        return fishers
 
     def _filled(self, found: Iterable[Tensor | None]) -> Gradients:
         """Zeros where the outputs do not depend on a parameter."""
@@ -278,18 +333,22 @@ class Linearised:
             torch.get_device_module(self.device).manual_seed(seed)
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by canonical name, each once, in the order of the modules."""
+def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """Trainable parameters by canonical name, each once, in the order of the modules; of those in ``names``."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for owner, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
-            if hasattr(parameter, "full_tensor"):
-                raise CoverageError(f"'{join(owner, attribute)}' is a sharded DTensor: take the Fisher before sharding")
             seen.add(id(parameter))
-            found[join(owner, attribute)] = parameter
+            name = join(owner, attribute)
+            if names is not None and name not in names:
+                continue
+            if hasattr(parameter, "full_tensor"):
+                raise CoverageError(f"'{name}' is a sharded DTensor: take the Fisher before sharding")
+            found[name] = parameter
     if not found:
-        raise CoverageError(f"{type(model).__name__} has no trainable parameter")
+        among = "" if names is None else " that is not excluded"
+        raise CoverageError(f"{type(model).__name__} has no trainable parameter{among}")
     return found

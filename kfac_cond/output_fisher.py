@@ -2,12 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import singledispatch
+from math import sqrt
+from typing import Protocol
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
 
 from .likelihoods import Categorical, Elementwise, Likelihood, events
+
+
+class OutputFisher(Protocol):
+    """The Fisher H of one batch's outputs, times kappa, as products alone."""
+
+    def times(self, tangents: Tensor) -> Tensor:
+        """H t, shaped as the outputs."""
+
+    def times_noise(self, generator: torch.Generator | None) -> Tensor:
+        """A Gaussian draw of covariance H, shaped as the outputs."""
+
+
+@dataclass(frozen=True)
+class OfLikelihood:
+    """In closed form: a block for each term.
+
+    Args:
+        likelihood: bound to the batch.
+        outputs: what parametrises p, without its graph.
+    """
+
+    likelihood: Likelihood
+    outputs: Tensor
+
+    def times(self, tangents: Tensor) -> Tensor:
+        return fisher_times(self.likelihood, self.outputs, tangents)
+
+    def times_noise(self, generator: torch.Generator | None) -> Tensor:
+        return root_times_noise(self.likelihood, self.outputs, generator)
+
+
+class OfScores:
+    """Of labels: the mean over draws of s s^T, a block for each example, whose terms' scores are one vector.
+
+    Args:
+        scores: (score shaped as the outputs, weight in the mean), one a draw.
+    """
+
+    def __init__(self, scores: Iterable[tuple[Tensor, float]]) -> None:
+        self.roots = torch.stack([score * sqrt(weight) for score, weight in scores])
+
+    def times(self, tangents: Tensor) -> Tensor:
+        roots = rearrange(events.widened(self.roots), "k n ... -> k n (...)")
+        rows = rearrange(events.widened(tangents), "n ... -> n (...)")
+        along = einsum(roots, rows, "k n o, n o -> k n")
+        return einsum(roots, along, "k n o, k n -> n o").reshape(tangents.shape).to(tangents.dtype)
+
+    def times_noise(self, generator: torch.Generator | None) -> Tensor:
+        noise = _noise(tuple(self.roots.shape[:2]), self.roots, generator)
+        return einsum(self.roots, noise, "k n ..., k n -> n ...")
 
 
 def fisher_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:

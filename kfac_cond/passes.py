@@ -8,35 +8,20 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .capture import Capture, counted, gathered
-from .checks import are_tensors, described
-from .data import Data, call_model, leading_dimension
-from .draws import Draws
-from .errors import ArgumentError, CaptureError, LikelihoodError, NumericalError, StateError
+from .checks import described
+from .data import Data, call_model
+from .errors import ArgumentError, CaptureError, NumericalError, StateError
 from .forwards import Pairs, Wanted
 from .guards import kept_state, without_autocast
-from .heads import (
-    Distribution,
-    Head,
-    Sent,
-    bound_to_batch,
-    exact,
-    invalid_labels,
-    invalid_targets,
-    meaningful,
-    picked,
-    require_targets,
-    sampled,
-    slots_of,
-    split,
-)
+from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
 from .hooks import hook_owners
+from .kinds import Expectation, counts_of, facts, labels_out_of_range, require_terms
 from .layers.survey import Layer
-from .likelihoods import Product
 from .linalg.sides import stored_identity
-from .options import Batches, Kind, Options
+from .options import Request
 from .partial import Partial, digest_of_batch, random_state, restore_random_state
 from .progress import tracked
 from .statistics import Statistics, combined
@@ -44,37 +29,29 @@ from .structures import Block, Fisher, Joint, KroneckerBlock, LayerByLayer
 
 logger = logging.getLogger("kfac_cond")
 
-MAX_GROUPS = 8
-"""Groups of label draws that are kept apart, each with its own G, for the error of sampling."""
-
 
 class Pass:
-    """One pass over data: what is the same for every batch."""
+    """One pass over data: what is the same for every batch.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Layer],
-        likelihood: Distribution,
-        kind: Kind,
-        samples: int,
-        options: Options,
-        stored: Sequence[LayerByLayer | Joint],
-    ) -> None:
-        self.model, self.layers, self.likelihood, self.stored = model, layers, likelihood, stored
-        self.kind, self.samples = kind, samples
+    Args:
+        request: what is asked for.
+        layers: by name.
+        stored: what collects each estimate.
+    """
+
+    def __init__(self, request: Request, layers: Mapping[str, Layer], stored: Sequence[LayerByLayer | Joint]) -> None:
+        self.request, self.layers, self.stored = request, layers, stored
+        self.model, self.likelihood, options = request.model, request.likelihood, request.options
+        self.kind = request.kind
         self.data = options.data or Data()
-        # Groups of draws are kept apart for the error of sampling; draws that were handed in are not drawn at all.
-        sampling = kind == "sampled" and options.draws is None
-        self.slots = slots_of(likelihood, draws=samples, groups=min(samples, MAX_GROUPS) if sampling else 1)
-        self.draws = Draws(options.seed if options.seed is not None else self.data.seed)
+        self.expectation = Expectation(request)
+        self.slots = self.expectation.slots
         self.progress = options.progress
         self.dtype = options.dtype
-        self.injected = None if options.draws is None else iter(options.draws)
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
         self.wanted = self._wanted()
         self.capture = Capture(
-            model,
+            self.model,
             layers,
             due=lambda: True,
             owner=None,
@@ -109,11 +86,10 @@ class Pass:
             self.capture.install()
             yield
 
-    def run(self, data: Batches, partial: Partial, earlier: Sequence[Statistics] = ()) -> Statistics:
+    def run(self, partial: Partial, earlier: Sequence[Statistics] = ()) -> Statistics:
         """The statistics of all batches.
 
         Args:
-            data: the batches.
             partial: where to go on from, and to note how far this got.
             earlier: the statistics of the passes before this one.
         """
@@ -124,6 +100,7 @@ class Pass:
         done = 0 if state is None else int(state["batches"])
         whole, last, number = True, None, -1
         with self.listening():
+            data = self.request.data
             batches = checked_batches(data() if callable(data) else data)
             # Closed even after an exception, which would leave a progress bar on the terminal.
             with closing(tracked(batches, description="Fisher", show=self.progress)) as shown:
@@ -150,7 +127,7 @@ class Pass:
             )
         if total is None:
             raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
-        self._require_all_drawn()
+        self.expectation.finish()
         return total
 
     # How far a pass got ----------------------------------------------------------------------------------------------
@@ -163,7 +140,7 @@ class Pass:
             "total": total.state(),
             "earlier": [one.state() for one in earlier],
             "stored": [one.state() for one in self.stored],
-            "draws": self.draws.state(),
+            "draws": self.expectation.draws.state(),
             "random": random_state(),
         }
 
@@ -175,7 +152,7 @@ class Pass:
         devices = self._devices()
         for one, saved in zip(self.stored, state["stored"], strict=True):
             one.load_state(saved, devices)
-        self.draws.load_state(state["draws"])
+        self.expectation.draws.load_state(state["draws"])
         return state
 
     def _restored(self, state: Mapping[str, Any]) -> Statistics:
@@ -186,8 +163,7 @@ class Pass:
 
     def _skip(self, number: int, batch: Any, state: Mapping[str, Any]) -> None:
         """Pass over a batch that was taken in before, the last of which must be the one that was."""
-        if self.injected is not None:
-            next(self.injected, None)
+        self.expectation.skip()
         if number + 1 < state["batches"]:
             return
         if digest_of_batch(batch) != state["last"]:
@@ -233,57 +209,14 @@ class Pass:
             with without_autocast(heads[0].outputs.device):
                 sums = self.capture.inputs()
                 return counted(sums, heads, self.slots, invalid) if sums else None, invalid
-        scores, invalid = self._scores(heads, batch, labels)
+        scores, invalid = self.expectation.scores(heads, batch, labels)
         return gathered(self.capture, heads, scores, slots=self.slots, invalid=invalid), invalid
-
-    def _scores(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Iterator[Sent], Tensor]:
-        invalid = invalid_targets(heads)
-        if self.kind == "exact":
-            _require_examples(heads, batch)
-            return exact(heads, self.slots), invalid
-        if self.kind == "empirical":
-            if labels is None:
-                raise LikelihoodError(
-                    "kind='empirical' needs data labels, and the batch has none: yield (inputs, labels)"
-                )
-            drawn = [split(self.likelihood, labels, "labels")]
-        elif self.injected is None:
-            return sampled(heads, self.slots, generators=self._generators(heads)), invalid
-        else:
-            drawn = [split(self.likelihood, one, "draws") for one in self._next_draws()]
-        for one in drawn:
-            invalid = invalid | invalid_labels(heads, one)
-        return sampled(heads, self.slots, draws=drawn), invalid
-
-    def _generators(self, heads: Sequence[Head]) -> dict[str, list[torch.Generator | None]]:
-        return {
-            head.name: self.draws.generators(step=0, count=self.samples, device=head.outputs.device, head=index)
-            for index, head in enumerate(heads)
-        }
-
-    def _next_draws(self) -> Sequence[Any]:
-        """The labels handed in for a batch, one entry a draw."""
-        assert self.injected is not None
-        drawn = next(self.injected, None)
-        if drawn is None:
-            raise ArgumentError("Options(draws=...) has fewer entries than the data have batches")
-        by_head = isinstance(self.likelihood, Product) and isinstance(drawn, Sequence) and len(drawn) > 0
-        if not (isinstance(drawn, Tensor) or are_tensors(drawn) or by_head):
-            raise ArgumentError(
-                f"Options(draws=...) has {described(drawn)} for a batch: expected a list of label tensors, one a draw"
-            )
-        return drawn
-
-    def _require_all_drawn(self) -> None:
-        """Refuse injected draws of which some are left when the data are over."""
-        if self.injected is not None and next(self.injected, None) is not None:
-            raise ArgumentError("Options(draws=...) has more entries than the data have batches")
 
     def _check_usable(self, number: int, statistics: Statistics, invalid: Tensor) -> None:
         if statistics.finite.is_meta or bool(statistics.finite):
             return
         if bool(invalid):
-            raise LikelihoodError(f"batch {number}: labels out of the range of {self.likelihood!r}")
+            raise labels_out_of_range(number, self.likelihood)
         bad = [name for name, flag in statistics.nonfinite.items() if bool(flag)]
         raise NumericalError(
             f"batch {number}: statistics that are not finite in {len(bad)} of {len(self.layers)} layers, first in "
@@ -301,23 +234,15 @@ class Pass:
         ]
         fishers = []
         for index, word in enumerate(words):
-            meta = {"likelihood": repr(self.likelihood), "kind": self.kind, "structure": word, "samples": self.samples}
-            if self.kind in ("empirical", "forward_only"):
-                meta["note"] = "not the conditional Fisher"
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
             own = {key: value for key, value in counts.items() if key != "positions" or word == "kfac"}
             of_groups = [(share, blocks[index]) for share, blocks in groups]
-            fishers.append(Fisher(everything[index], meta={**meta, "counts": own}, groups=of_groups))
+            meta = {**facts(self.likelihood, self.kind, word, self.request.samples), "counts": own}
+            fishers.append(Fisher(everything[index], meta=meta, groups=of_groups))
         return fishers
 
     def _counts(self, total: Statistics) -> dict[str, Any]:
-        terms = dict(zip(self.slots.names, total.divisor.unbind(), strict=True))
-        adds = dict(zip(self.slots.names, self.slots.adds, strict=True))
-        counts: dict[str, Any] = {
-            "examples": total.examples,
-            "terms": terms.get("", terms),
-            "adds": adds.get("", adds),
-        }
+        counts = counts_of(self.slots, total.divisor, total.examples)
         if not total.divisor.is_meta:
             counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
         return counts
@@ -353,24 +278,7 @@ class Pass:
         missing = [name for name in self.layers if name not in total.layers]
         if missing:
             logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
-        if total.divisor.is_meta:
-            return
-        barren = [name for name, M in zip(self.slots.names, total.divisor.tolist(), strict=True) if not M > 0]
-        if barren:
-            where = f" of head '{barren[0]}'" if barren[0] else ""
-            raise ArgumentError(f"the data have no valid loss term{where} (M = 0): every label is masked or ignored")
-
-
-def _require_examples(heads: Sequence[Head], batch: Any) -> None:
-    """Refuse 'exact' where dimension 0 of the outputs does not count the batch's examples."""
-    size = leading_dimension(batch)
-    for head in heads:
-        found = head.likelihood.examples(head.outputs)
-        if size is not None and size != found:
-            raise LikelihoodError(
-                f"kind='exact' needs one example per index of dimension 0: the batch has {size}, the outputs have "
-                f"{found}. Give outputs (N, T, C) with kc.Data(outputs=...)."
-            )
+        require_terms(self.slots, total.divisor)
 
 
 def checked_batches(data: Any) -> Iterable[Any]:

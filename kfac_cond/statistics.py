@@ -49,6 +49,10 @@ class Slots:
         """The slot of a head and a draw."""
         return head * self.groups + draw % self.groups
 
+    def head(self, slot: int) -> int:
+        """The head of a slot."""
+        return slot // self.groups
+
     def share(self, group: int) -> float:
         """The part of all draws that is in a group."""
         return len(range(group, self.draws, self.groups)) / self.draws

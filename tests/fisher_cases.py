@@ -84,6 +84,17 @@ LIKELIHOODS = {
 }
 
 
+Structures = str | kc.Structure | list[str | kc.Structure]
+Rules = dict[str, dict[str, object]]
+
+
+def twice(words: str | list[str]) -> Structures:
+    """The same structures, 'ekfac' from a second pass over the data."""
+    if isinstance(words, list):
+        return [twice(word) for word in words]
+    return kc.Structure("ekfac", second_pass=True) if words == "ekfac" else words
+
+
 class Case:
     """A model with data and labels, and the matrices that brute force gives for it."""
 
@@ -105,14 +116,15 @@ class Case:
             return torch.randint(outputs.shape[-1], outputs.shape[:-1])
         return torch.randint(2, outputs.shape).double() if self.name == "bernoulli" else torch.randn_like(outputs)
 
-    def estimate(self, structure: str | list[str], kind: str, **options: object) -> kc.Fisher | list[kc.Fisher]:
+    def estimate(
+        self, structure: Structures, kind: str, *, rules: Rules | None = None, **options: object
+    ) -> kc.Fisher | list[kc.Fisher]:
         # Two batches, of unequal size.
         data = [(self.inputs[:3], self.labels[:3]), (self.inputs[3:], self.labels[3:])]
         if kind == "sampled":
             options["draws"] = [[draw[:3] for draw in self.draws], [draw[3:] for draw in self.draws]]
-        return kc.estimate(
-            self.model, data, self.likelihood, structure=structure, kind=kind, options=kc.Options(**options)
-        )
+        given = {"structure": structure, "kind": kind, "rules": rules, "options": kc.Options(**options)}
+        return kc.estimate(self.model, data, self.likelihood, **given)
 
     @lru_cache  # noqa: B019
     def dense(self, kind: str) -> Tensor:

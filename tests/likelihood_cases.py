@@ -295,12 +295,19 @@ class Case(fisher_cases.Case):
         pieces = [(self.inputs[:3], self.labels[:3]), (self.inputs[3:], self.labels[3:])]
         return [(x, y) for x, y in pieces if len(x)]
 
-    def estimate(self, structure: str | list[str], kind: str, **options: object) -> kc.Fisher | list[kc.Fisher]:
+    def estimate(
+        self,
+        structure: str | list[str],
+        kind: str,
+        *,
+        rules: dict[str, dict[str, object]] | None = None,
+        **options: object,
+    ) -> kc.Fisher | list[kc.Fisher]:
         if kind == "sampled":
             pieces = [[draw[:3] for draw in self.draws], [draw[3:] for draw in self.draws]]
             options["draws"] = pieces[: len(self.batches())]
-        given = kc.Options(**options)
-        return kc.estimate(self.model, self.batches(), self.likelihood, structure=structure, kind=kind, options=given)
+        given = {"structure": structure, "kind": kind, "rules": rules, "options": kc.Options(**options)}
+        return kc.estimate(self.model, self.batches(), self.likelihood, **given)
 
     @lru_cache  # noqa: B019
     def dense(self, kind: str) -> Tensor:

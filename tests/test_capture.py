@@ -294,16 +294,16 @@ def test_a_module_used_on_other_shapes_counts_all_its_positions():
 def test_uses_on_other_numbers_of_examples_are_refused_for_reduce():
     layer = nn.Linear(3, 3)
     model = nn.Sequential(layer, Apply(lambda h: h.reshape(2, 2, 3)), layer, Apply(lambda h: h.mean(1)))
-    options = kc.Options(rules={"0": {"sharing": "reduce"}})
+    rules = {"0": {"sharing": "reduce"}}
     with pytest.raises(kc.CaptureError, match="sharing='expand'"):
-        kc.estimate(model, [torch.randn(4, 3)], "categorical", options=options)
+        kc.estimate(model, [torch.randn(4, 3)], "categorical", rules=rules)
 
 
 def test_examples_not_along_the_first_dimension_are_refused_for_reduce():
     model = nn.Sequential(nn.Linear(3, 3), Apply(lambda h: h.mean(0)))
-    options = kc.Options(rules={"0": {"sharing": "reduce"}})
+    rules = {"0": {"sharing": "reduce"}}
     with pytest.raises(kc.CaptureError, match="dimension 0"):
-        kc.estimate(model, [torch.randn(5, 2, 3)], "categorical", options=options)
+        kc.estimate(model, [torch.randn(5, 2, 3)], "categorical", rules=rules)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

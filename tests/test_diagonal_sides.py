@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 
-from .fisher_cases import Case, case
+from .fisher_cases import Case, case, twice
 from .helpers import Apply, categorical_loss, classifier, plain_factors
 from .reference import assert_same
 from .test_state import build, everything, run, same, through_a_file
@@ -91,7 +91,8 @@ def eigen_corrected(F: Tensor, block: kc.EigenBlock) -> Tensor:
 @pytest.mark.parametrize("model", LIMITS)
 def test_ekfac_estimates_its_eigenvalues_in_the_basis_of_what_is_kept(model, kind, second_pass):
     of, limit = case(model, "categorical"), LIMITS[model]
-    found, kfac = of.estimate(["ekfac", "kfac"], kind, max_factor_dim=limit, second_pass=second_pass)
+    words = ["ekfac", "kfac"]
+    found, kfac = of.estimate(twice(words) if second_pass else words, kind, max_factor_dim=limit)
     for name, block in found.items():
         assert block.diagonal_sides == kfac[name].diagonal_sides
         assert_same(block.to_dense(), eigen_corrected(of.block(kind, block), block))
@@ -113,8 +114,9 @@ def test_padded_positions_add_nothing(sharing):
     labels = torch.randint(3, (3, 4))
 
     def estimated(x: Tensor, labels: Tensor, data: kc.Data) -> kc.Fisher:
-        options = kc.Options(draws=[[labels]], data=data, max_factor_dim=1, rules={"*": {"sharing": sharing}})
-        return kc.estimate(head, [x], kc.Categorical(dim=-1), options=options)
+        rules = {"*": {"sharing": sharing}}
+        options = kc.Options(draws=[[labels]], data=data, max_factor_dim=1)
+        return kc.estimate(head, [x], kc.Categorical(dim=-1), rules=rules, options=options)
 
     padded = x.masked_fill(~keep[..., None], float("nan"))
     found = estimated(padded, labels, kc.Data(mask=lambda *_: keep, positions=lambda *_: keep))
@@ -124,8 +126,8 @@ def test_padded_positions_add_nothing(sharing):
 
 
 def test_a_rule_wins_over_the_option_and_the_option_over_the_default():
-    options = kc.Options(max_factor_dim=3, rules={"0": {"max_factor_dim": 5}})
-    found = kc.estimate(classifier(), [torch.randn(4, 3)], "categorical", options=options)
+    rules, options = {"0": {"max_factor_dim": 5}}, kc.Options(max_factor_dim=3)
+    found = kc.estimate(classifier(), [torch.randn(4, 3)], "categorical", rules=rules, options=options)
     assert [block.diagonal_sides for block in found.values()] == [(), ("A",)]
     plain = kc.estimate(classifier(), [torch.randn(4, 3)], "categorical")
     assert [block.diagonal_sides for block in plain.values()] == [(), ()]
@@ -314,9 +316,7 @@ def test_the_coverage_table_says_which_side_is_a_diagonal():
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "tkfac"])
 def test_the_table_of_a_fisher_says_which_side_is_a_diagonal(structure):
     rules = {"0": {"max_factor_dim": 3}}
-    fisher = kc.estimate(
-        classifier(), [torch.randn(4, 3)], "categorical", structure=structure, options=kc.Options(rules=rules)
-    )
+    fisher = kc.estimate(classifier(), [torch.randn(4, 3)], "categorical", structure=structure, rules=rules)
     lines = str(fisher).splitlines()[-3:]
     assert lines[0].split() == ["layer", "shape", "trace", "diagonal"]
     assert lines[1].endswith("  A and G")

@@ -36,9 +36,9 @@ from .reference import assert_same
 def test_the_batch_size_does_not_matter(kind, samples, size, sharing, likelihood):
     model = nn.Sequential(classifier(), Apply(lambda h: h.mean(1)))
     inputs = torch.randn(7, 2, 3)
-    options = kc.Options(seed=2, rules={"*": {"sharing": sharing}})
+    rules, options = {"*": {"sharing": sharing}}, kc.Options(seed=2)
     found, expected = (
-        kc.estimate(model, inputs.split(part), likelihood, kind=kind, samples=samples, options=options)
+        kc.estimate(model, inputs.split(part), likelihood, kind=kind, samples=samples, rules=rules, options=options)
         for part in (size, 7)
     )
     assert_same_fisher(found, expected)
@@ -205,12 +205,12 @@ def test_exact_refuses_flattened_outputs_whose_positions_may_mix():
         ({"kind": "exact", "options": kc.Options(draws=[])}, "draws no labels"),
         ({"options": kc.Options(draws=[])}, "fewer entries"),
         ({"options": kc.Options(draws=[[torch.zeros(2, dtype=torch.long)]] * 2)}, "more entries"),
-        ({"options": kc.Options(rules={"0": {"damping": 0.1}})}, r"rules\['0'\]: damping=0\.1 means nothing here"),
-        ({"options": kc.Options(rules={"0": {"structure": "ekfac"}})}, "pass structure='mixed' for it to hold"),
+        ({"rules": {"0": {"damping": 0.1}}}, r"rules\['0'\]: damping=0\.1 means nothing here"),
+        ({"rules": {"0": {"structure": "ekfac"}}}, "pass structure='mixed' for it to hold"),
         ({"options": kc.Options(draws=[5])}, "has 5 for a batch: expected a list of label tensors"),
         ({"options": kc.Options(draws=[[5]])}, r"has list of \['int'\] for a batch"),
         ({"options": kc.Options(draws=[[]])}, r"has list of \[\] for a batch"),
-        ({"options": kc.Options(rules=5)}, "rules is 5"),
+        ({"rules": 5}, "rules is 5"),
         ({"options": 3}, r"options is 3: expected kc\.Options"),
         ({"options": {"seed": 3}}, r"options is dict: expected kc\.Options"),
     ],

@@ -135,9 +135,9 @@ def pooled_exactly(model: Pooled, x: Tensor, real: Tensor, information) -> dict[
 
 def pooled_estimate(model: Pooled, x: Tensor, real: Tensor, likelihood: kc.Likelihood, structure: str) -> kc.Fisher:
     data = kc.Data(positions=lambda args, kwargs, outputs: kwargs["real"])
-    options = kc.Options(rules={"*": {"sharing": "reduce"}}, data=data)
+    rules, options = {"*": {"sharing": "reduce"}}, kc.Options(data=data)
     batches = [{"x": x[:2], "real": real[:2]}, {"x": x[2:], "real": real[2:]}]
-    return kc.estimate(model, batches, likelihood, structure=structure, kind="exact", options=options)
+    return kc.estimate(model, batches, likelihood, structure=structure, kind="exact", rules=rules, options=options)
 
 
 @pytest.mark.parametrize("structure", KRONECKER)
@@ -276,8 +276,9 @@ def all_labels(head: str) -> tuple[Case, list[tuple[float, Tensor]]]:
 def estimated(of: Case, sharing: str, labels: Tensor | None, structure: str) -> kc.Fisher:
     """From one backward for the labels, or the exact kind where there are none."""
     draws, kind = (None, "exact") if labels is None else ([[labels]], "sampled")
-    options = kc.Options(draws=draws, rules={"*": {"sharing": sharing}})
-    return kc.estimate(of.model, [of.inputs], of.likelihood, structure=structure, kind=kind, options=options)
+    rules, options = {"*": {"sharing": sharing}}, kc.Options(draws=draws)
+    settings = {"structure": structure, "kind": kind, "rules": rules, "options": options}
+    return kc.estimate(of.model, [of.inputs], of.likelihood, **settings)
 
 
 def partial_traces(fisher: kc.Fisher) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
+from kfac_cond.linearised import Linearised
 
 from .reference import assert_same, categorical_log_prob, exact_fisher, fisher_of_draws, gaussian_log_prob
 
@@ -194,6 +195,40 @@ def test_weights_scale_their_head_alone(net, x):
     expected = kc.estimate(net, [x], heads(), kind="exact")
     assert_same(found["size"].G, expected["size"].G * 100)
     assert_same(found["kind"].G, expected["kind"].G)
+
+
+# -- as products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+def test_products_of_heads_are_those_of_the_dense_matrix(net, x, kind, forward_mode, monkeypatch):
+    """M_h differs between heads and batches; by dual numbers, and without."""
+    if not forward_mode:
+        monkeypatch.setattr(Linearised, "_goes_forward", lambda *_: False)
+    labels = draw(7, 4)
+    data = [(x[:3], of_rows(labels, slice(0, 3))), (x[3:], of_rows(labels, slice(3, 7)))]
+    if kind != "empirical":
+        labels["kind"][:2] = -100
+    words = ["implicit", kc.Structure("low_rank", rank=41), "dense"]
+    likelihood = heads("sum", ignore_index=-100)
+    samples = 2 if kind == "sampled" else 1
+    implicit, low_rank, dense = kc.estimate(net, data, likelihood, structure=words, kind=kind, samples=samples)
+    assert_same(implicit.to_dense(), dense.to_dense())
+    assert_same(low_rank.to_dense(), dense.to_dense(), tolerance=1e-8)
+    if kind == "exact":
+        assert_same(kc.gram(net, data, likelihood).fisher().to_dense(), dense.to_dense())
+        assert_same(kc.implicit(net, data, likelihood).to_dense(), dense.to_dense())
+
+
+def test_draws_of_products_of_heads_have_their_covariance(net, x):
+    fisher = kc.implicit(net, [x[:3], x[3:]], heads("sum"))
+    drawn = fisher.sample(1500, torch.Generator().manual_seed(0))
+    rows = torch.cat([drawn[name].flatten(1) for name in fisher.parameter_names], 1)
+    F = fisher.to_dense()
+    error = (rows.T @ rows / len(rows) - F).square().sum().sqrt()
+    expected = ((F.trace() ** 2 + F.square().sum()) / len(rows)).sqrt()
+    assert 0.3 < error / expected < 3.0
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

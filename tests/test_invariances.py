@@ -210,11 +210,11 @@ def test_padded_is_ragged_for_pooled_outputs_with_an_attention_mask(sharing):
     model, rules = MaskedMean(classifier()), {"*": {"sharing": sharing}}
     inputs, drawn = [torch.randn(length, 3) for length in LENGTHS], torch.randint(3, (3,))
     x, mask = padded(inputs, 7.0)
-    options = kc.Options(draws=[[drawn]], rules=rules)
-    found = kc.estimate(model, [{"x": x, "attention_mask": mask.long()}], "categorical", options=options)
+    options = kc.Options(draws=[[drawn]])
+    found = kc.estimate(model, [{"x": x, "attention_mask": mask.long()}], "categorical", rules=rules, options=options)
     ragged = [{"x": one[None], "attention_mask": torch.ones(1, len(one))} for one in inputs]
-    options = kc.Options(draws=[[one] for one in drawn.split(1)], rules=rules)
-    assert_same_fisher(found, kc.estimate(model, ragged, "categorical", options=options))
+    options = kc.Options(draws=[[one] for one in drawn.split(1)])
+    assert_same_fisher(found, kc.estimate(model, ragged, "categorical", rules=rules, options=options))
 
 
 @pytest.mark.parametrize("form", ["flattened", "transposed"])

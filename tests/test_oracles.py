@@ -108,7 +108,8 @@ def test_identical_positions_pooled_exact_is_positions_times_expand(how, example
             model,
             [inputs],
             likelihood,
-            options=kc.Options(draws=[drawn], rules={"*": {"sharing": sharing}}),
+            rules={"*": {"sharing": sharing}},
+            options=kc.Options(draws=[drawn]),
         )
         for sharing in ("expand", "reduce")
     }
@@ -177,8 +178,8 @@ def test_pooled_outputs_reduce_is_exact(how):
     """ORACLES 9."""
     model = Pooled(network(2, Identity), how)
     inputs = torch.randn(4, 3, 3)
-    options = kc.Options(rules={"*": {"sharing": "reduce"}})
-    fisher = kc.estimate(model, [inputs], kc.Gaussian(1.0), kind="exact", options=options)
+    rules = {"*": {"sharing": "reduce"}}
+    fisher = kc.estimate(model, [inputs], kc.Gaussian(1.0), kind="exact", rules=rules)
     for layer, module in linear_layers(model).items():
         expected = exact_fisher(model, inputs, identity_fisher, parameters=parameters_of(module), divisor=4)
         order = matrix_order(module)
@@ -236,8 +237,8 @@ def test_convolution_globally_pooled_reduce_is_exact(kind, arguments, groups):
     """ORACLES 10."""
     module, inputs = convolution(kind, arguments, groups)
     model = nn.Sequential(module, GlobalAverage())
-    options = kc.Options(rules={"0": {"sharing": "reduce"}})
-    fisher = kc.estimate(model, [inputs], kc.Gaussian(1.0), kind="exact", options=options)
+    rules = {"0": {"sharing": "reduce"}}
+    fisher = kc.estimate(model, [inputs], kc.Gaussian(1.0), kind="exact", rules=rules)
     expected = exact_fisher(model, inputs, identity_fisher, parameters=parameters_of(module), divisor=3)
     order = matrix_order(module)
     assert_same(fisher["0"].to_dense(), expected[order][:, order] * group_mask(module))

@@ -113,11 +113,11 @@ class FailingTwice(Failing):
 def test_the_second_pass_goes_on_where_it_was(in_pass, tmp_path):
     path = tmp_path / "fisher.partial"
     data = FailingTwice(batches(), 3, in_pass)
-    words = ["ekfac", "diagonal", "kfac"]
+    words = [kc.Structure("ekfac", second_pass=True), "diagonal", "kfac"]
     with pytest.raises(Power):
-        estimate(data, path, words, second_pass=True)
-    found = estimate(batches(), path, words, second_pass=True)
-    for one, expected in zip(found, estimate(batches(), None, words, second_pass=True), strict=True):
+        estimate(data, path, words)
+    found = estimate(batches(), path, words)
+    for one, expected in zip(found, estimate(batches(), None, words), strict=True):
         assert_bitwise(one, expected)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import kfac_cond as kc
 from kfac_cond.structures.collect import KeepingCollector, NearestCollector
 
-from .fisher_cases import LIKELIHOODS, MODELS, Tokens, case, perceptron
+from .fisher_cases import LIKELIHOODS, MODELS, Tokens, case, perceptron, twice
 from .helpers import Apply
 from .reference import assert_same
 
@@ -85,6 +85,33 @@ def test_dense_is_brute_force_with_what_couples_the_layers(model, likelihood, ki
     assert_same(found.to_dense(), expected)
     if kind != "forward_only":
         assert (found.to_dense() - blocks.to_dense()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_implicit_is_brute_force_and_dense_without_a_matrix(model, likelihood, kind):
+    of = case(model, likelihood)
+    found, dense = of.estimate(["implicit", "dense"], kind)
+    assert found.parameter_names == dense.parameter_names
+    assert_same(found.to_dense(), of.dense(kind))
+    assert_same(found.to_dense(), dense.to_dense())
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_low_rank_is_the_best_of_its_rank(model, likelihood, kind, rank):
+    """Of all eigenpairs, where ``rank`` is None, the matrix itself."""
+    of = case(model, likelihood)
+    F = of.dense(kind)
+    kept = rank or len(F)
+    found = of.estimate(kc.Structure("low_rank", rank=kept), kind)
+    values, vectors = torch.linalg.eigh(F)
+    best = (vectors[:, -kept:] * values[-kept:]) @ vectors[:, -kept:].T
+    assert_same(found.to_dense(), best, tolerance=1e-9)
+    assert (found["model"].rank, found.meta["rank"]) == (kept, kept)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
@@ -167,29 +194,28 @@ def test_an_iterator_is_enough(structure):
 def test_a_second_pass_gives_what_kept_pairs_give(model, kind):
     of = case(model, "categorical")
     words = ["ekfac", "diagonal", "kfac", "dense"]
-    for found, expected in zip(of.estimate(words, kind, second_pass=True), of.estimate(words, kind), strict=True):
+    for found, expected in zip(of.estimate(twice(words), kind), of.estimate(words, kind), strict=True):
         assert_same(found.to_dense(), expected.to_dense())
 
 
 def test_a_second_pass_drops_the_same_units_and_draws_the_same_labels():
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
     data = torch.randn(12, 3).split(4)
-    options = kc.Options(second_pass=True)
-    ekfac, diagonal = kc.estimate(model, data, "categorical", structure=["ekfac", "diagonal"], options=options)
+    ekfac, diagonal = kc.estimate(model, data, "categorical", structure=twice(["ekfac", "diagonal"]))
     # Of the second pass the one, of the first the other.
     assert_same(ekfac.trace(), diagonal.trace())
 
 
 def test_a_second_pass_keeps_no_pairs(monkeypatch):
     monkeypatch.setattr(KeepingCollector, "add", lambda *_: pytest.fail("a pair was kept"))
-    case("tokens", "categorical").estimate(["ekfac", "tkfac"], "sampled", second_pass=True)
+    case("tokens", "categorical").estimate(twice(["ekfac", "tkfac"]), "sampled")
 
 
 @pytest.mark.parametrize(("structure", "passes"), [("ekfac", 2), ("kfac", 1), ("diagonal", 1)])
 def test_a_second_pass_is_made_only_where_it_is_needed(structure, passes):
     of, calls = case("perceptron", "categorical"), []
     handle = of.model.register_forward_hook(lambda *_: calls.append(1))
-    of.estimate(structure, "exact", second_pass=True)
+    of.estimate(twice(structure), "exact")
     handle.remove()
     assert len(calls) == 2 * passes
 
@@ -205,8 +231,7 @@ def test_a_second_pass_over_other_data_is_refused(again, message):
             perceptron(),
             lambda: next(batches),
             "categorical",
-            structure="ekfac",
-            options=kc.Options(second_pass=True),
+            structure=twice("ekfac"),
         )
 
 

@@ -113,6 +113,7 @@ class Case:
 
     def estimate(self, structure: str, kind: str, likelihood: kc.Likelihood | None = None, **options: Any) -> kc.Fisher:
         """kc.estimate on the case; 'sampled' has the labels ``draw``, which are handed in."""
+        rules = options.pop("rules", None)
         if kind == "sampled":
             options.setdefault("draws", [[self.draw[:3]], [self.draw[3:]]])
         return kc.estimate(
@@ -121,6 +122,7 @@ class Case:
             likelihood or self.likelihood,
             structure=structure,
             kind=kind,
+            rules=rules,
             options=kc.Options(progress=False, **options),
         )
 

@@ -72,12 +72,12 @@ def main() -> None:
         print(f"\n{make.__name__}: {given.examples} examples, forward and backward {base * 1e3:.0f} ms")
         print(f"{'structure':20} {'ms':>8} {'x plain':>8} {'numbers stored':>15}")
         for word in STRUCTURES:
-            options = kc.Options(second_pass="second" in word, progress=False)
+            structure = kc.Structure(word.split(",")[0], second_pass="second" in word)
 
             def run(
-                word: str = word, options: kc.Options = options, model: nn.Module = model, data: list[Tensor] = batches
+                structure: kc.Structure = structure, model: nn.Module = model, data: list[Tensor] = batches
             ) -> kc.Fisher:
-                return kc.estimate(model, data, "categorical", structure=word.split(",")[0], options=options)
+                return kc.estimate(model, data, "categorical", structure=structure, options=kc.Options(progress=False))
 
             took = seconds(run, given.device)
             print(f"{word:20} {took * 1e3:8.0f} {took / base:8.1f} {stored(run()):15,}")

@@ -65,8 +65,13 @@ class WeightLayout:
 
     @property
     def _rows(self) -> int:
-        """Rows of all groups together."""
+        """Rows of all groups together; one of a single number."""
         return prod(self._output_shape)
+
+    @property
+    def _columns(self) -> int:
+        """Columns of the weight."""
+        return prod(self.weight_shape[:-1] if self.transposed else self.weight_shape[self.output_dims :])
 
     @property
     def d_out(self) -> int:
@@ -76,8 +81,7 @@ class WeightLayout:
     @property
     def d_in(self) -> int:
         """Columns of the matrix, the bias column included."""
-        columns = prod(self.weight_shape) // self._rows if self.weight is not None else 0
-        return columns + (self.bias is not None)
+        return (self._columns if self.weight is not None else 0) + (self.bias is not None)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -111,7 +115,7 @@ class WeightLayout:
         columns = []
         if self.weight is not None:
             weight = tensors[self.weight].mT if self.transposed else tensors[self.weight]
-            columns.append(weight.reshape(*self.matrix_shape[:-1], -1))
+            columns.append(weight.reshape(*self.matrix_shape[:-1], self._columns))
         if self.bias is not None:
             columns.append(tensors[self.bias].reshape(*self.matrix_shape[:-1], 1))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
@@ -145,6 +149,13 @@ class JointLayout(WeightLayout):
     bias: None = None
     weight_shape: tuple[int, ...] = ()
     parts: tuple[WeightLayout, ...] = ()
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> JointLayout:
+        """Parameters one after another, each flattened, of whatever modules: canonical name -> shape, in order."""
+        if not shapes:
+            raise ArgumentError("a layout of no parameters: is anything in the model trainable?")
+        return cls(parts=tuple(WeightLayout(name, None, tuple(shape)) for name, shape in shapes.items()))
 
     @property
     def names(self) -> tuple[str, ...]:

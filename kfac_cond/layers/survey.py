@@ -128,10 +128,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Survey:
-    """The layers found, by name, and a row for every trainable parameter."""
+    """The layers found, by name, a row for every trainable parameter, and the paths of those that a rule excludes."""
 
     layers: dict[str, Layer]
     rows: tuple[Row, ...]
+    excluded: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,12 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
         for key, (parameter, places) in uses.items()
         if parameter.requires_grad
     )
-    return Survey(layers, rows)
+    excluded = {
+        join(places[0].owner, places[0].attribute)
+        for _, places in uses.values()
+        if any(settings[place.owner].exclude for place in places)
+    }
+    return Survey(layers, rows, frozenset(excluded))
 
 
 def _uses(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Parameter, list[_Use]]]:

@@ -6,7 +6,6 @@ from .dense import DenseBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .fisher import Fisher
-from .flat import FlatLayout
 from .implicit import ImplicitBlock
 from .inverses import damped_inverses_of
 from .iterative import FunctionBlock, Iteration, IterativeBlock
@@ -24,7 +23,6 @@ __all__ = [
     "DiagonalBlock",
     "EigenBlock",
     "Fisher",
-    "FlatLayout",
     "FunctionBlock",
     "ImplicitBlock",
     "Iteration",

@@ -15,6 +15,7 @@ from ..linalg.kronecker import block_diagonal
 
 if TYPE_CHECKING:
     from ..layers.layout import WeightLayout
+    from .iterative import Iteration
 
 Rule = Literal["exact", "factored"]
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
@@ -128,6 +129,10 @@ class Block(ABC):
     @abstractmethod
     def to(self, target: torch.device | torch.dtype | str) -> Block:
         """The same block on another device or in another dtype."""
+
+    def with_iteration(self, iteration: Iteration) -> Block:
+        """The same block, whose iterative verbs go as far as this; one with closed forms alone stays as it is."""
+        return self
 
     @abstractmethod
     def _product(self, matrix: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..linalg.kronecker import block_diagonal
 from .base import Block, Rule, checked_factor, named, require_dense
+from .iterative import Iteration
 from .merging import merged
 from .report import fisher_table
 from .sampling import Groups, SamplingError, sampling_error
@@ -117,6 +118,11 @@ class Fisher(Mapping[str, Block]):
         groups = [(share, {name: block.to(target) for name, block in of.items()}) for share, of in self._groups]
         return Fisher({name: block.to(target) for name, block in self.items()}, meta=self.meta, groups=groups)
 
+    def with_iteration(self, iteration: Iteration) -> Fisher:
+        """The same Fisher, whose iterative verbs (of implicit blocks, of sums, of their inverses) go as far as this."""
+        blocks = {name: block.with_iteration(iteration) for name, block in self.items()}
+        return Fisher(blocks, meta=self.meta, groups=self._groups)
+
     def __mul__(self, factor: float) -> Fisher:
         """factor F, for a number that is finite and not negative."""
         if not isinstance(factor, Real):
@@ -195,7 +201,9 @@ class Fisher(Mapping[str, Block]):
             path: of the file; one that is there is replaced in one step.
 
         Raises:
-            ArgumentError: a block that holds nothing to save (an implicit one, a sum).
+            ArgumentError: a block known by its products alone (an implicit one, a function of a sum): it says what to
+                do instead.
+            OSError: the file could not be written, say on a full disk; one that was there is left.
             ImportError: without ``safetensors``, with what to install.
         """
         save_blocks(path, self._blocks, self.meta)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .flat import FlatLayout
+from ..layers.layout import JointLayout
 from .iterative import Iteration, IterativeBlock
 
 
@@ -40,6 +40,9 @@ class ImplicitBlock(IterativeBlock):
     same object is the Fisher there. ``sample`` is exact as well, (1 / sqrt M) J^T S z with normal z, one backward a
     draw; the other verbs are those of ``IterativeBlock``.
 
+    H is that of the outputs in closed form where the kind is 'exact'; otherwise the mean of s s^T over labels, with s
+    the score of a whole example, the same labels in every product.
+
     Args:
         layout: of the parameters.
         products: what does the products.
@@ -50,7 +53,7 @@ class ImplicitBlock(IterativeBlock):
     Source: Pearlmutter 1994 and Schraudolph 2002 (Neural Computation 14(7)) for the products.
     """
 
-    layout: FlatLayout
+    layout: JointLayout
     products: Products
     iteration: Iteration = field(default_factory=Iteration)
     factor: float = 1.0
@@ -70,6 +73,9 @@ class ImplicitBlock(IterativeBlock):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.products.sample_rows(n, generator) * sqrt(self.factor)
+
+    def with_iteration(self, iteration: Iteration) -> ImplicitBlock:
+        return replace(self, iteration=iteration)
 
     def to(self, target: torch.device | torch.dtype | str) -> ImplicitBlock:
         there = torch.empty(0, dtype=self.dtype, device=self.device).to(target)

@@ -183,6 +183,9 @@ class FunctionBlock(IterativeBlock):
     def label(self) -> str:
         return f"the {self.power} of {self.base.label}"
 
+    def with_iteration(self, iteration: Iteration) -> FunctionBlock:
+        return replace(self, base=self.base.with_iteration(iteration), iteration=iteration)
+
     def to(self, target: torch.device | torch.dtype | str) -> FunctionBlock:
         return replace(self, base=self.base.to(target))
 

@@ -9,25 +9,26 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, KFACError, StateError
-from ..layers.layout import WeightLayout
+from ..files import replaced
+from ..layers.layout import JointLayout, WeightLayout
 from ..layers.naming import join, named_modules
 from .base import Block
+from .dense import DenseBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
-from .flat import FlatLayout
+from .iterative import Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
+from .sums import SumBlock
 from .unit_wise import UnitWiseBlock
 
 VERSION = 1
 KEY = "kfac_cond"
-LAYOUTS: dict[str, type[WeightLayout]] = {"weight": WeightLayout, "flat": FlatLayout}
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Stored:
         arrays: names of the fields that are tensors.
         numbers: names of the fields that JSON can hold.
         optional: names of the fields that are tensors or None; of those that are None nothing is written.
+        blocks: names of the fields that are tuples of blocks, each written as a block of the same name is.
     """
 
     type: type[Any]
     arrays: tuple[str, ...]
     numbers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 STORED: dict[str, Stored] = {}
@@ -61,36 +64,30 @@ register_stored("kronecker", Stored(KroneckerBlock, ("A", "G")))
 register_stored("eigen", Stored(EigenBlock, ("values",), optional=("basis_A", "basis_G", "values_A", "values_G")))
 register_stored("diagonal", Stored(DiagonalBlock, ("values",)))
 register_stored("unit_wise", Stored(UnitWiseBlock, ("matrices",)))
+register_stored("dense", Stored(DenseBlock, ("matrix",)))
 register_stored("low_rank", Stored(LowRankBlock, ("values", "vectors"), ("rest",)))
+register_stored("sum", Stored(SumBlock, (), blocks=("terms",)))
 
 
 def save_blocks(path: str | os.PathLike[str], blocks: Mapping[str, Block], meta: Mapping[str, Any]) -> None:
     """Write blocks and meta, all or nothing; see ``Fisher.save``."""
     torch_files = _safetensors()
     tensors: dict[str, Tensor] = {}
-    layers = [_described(f"{index}", name, block, tensors) for index, (name, block) in enumerate(blocks.items())]
-    header = {
+    layers = [_described(f"{index}", block, tensors, name) for index, (name, block) in enumerate(blocks.items())]
+    header: dict[str, Any] = {
         "format": "kfac_cond.Fisher",
         "version": VERSION,
         "meta": _plain(meta),
         "layers": layers,
         "fingerprint": _fingerprint(layers),
-        "digest": _digest(tensors),
     }
-    target = Path(path)
-    # In the same folder, so that it can take the target's place in one step.
-    partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
+    header["digest"] = _digest(header, tensors)
     try:
-        # safetensors makes files that nobody else may read; this one gets the mode of any other.
-        with open(partial, "xb") as made:
-            mode = os.fstat(made.fileno()).st_mode
-        torch_files.save_file(tensors, partial, metadata={KEY: json.dumps(header)})
-        os.chmod(partial, mode)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        with replaced(path) as file:
+            torch_files.save_file(tensors, file, metadata={KEY: json.dumps(header)})
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise OSError(f"{path} could not be written ({error}): what was there is as it was") from error
         raise
 
 
@@ -119,13 +116,15 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def _described(prefix: str, name: str, block: Block, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """One layer's entry in the header; its tensors go to ``tensors``."""
+def _described(prefix: str, block: Block, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """One block's entry in the header; its tensors go to ``tensors``."""
     found = next(((tag, stored) for tag, stored in STORED.items() if type(block) is stored.type), None)
     if found is None:
         raise ArgumentError(
             f"{block.label}: a {type(block).__name__} holds nothing that can be saved; expected one of "
-            f"{', '.join(stored.type.__name__ for stored in STORED.values())}, or a type given to register_stored"
+            f"{', '.join(stored.type.__name__ for stored in STORED.values())}, or a type given to register_stored. "
+            "What is known by its products alone is made again from the saved model and the data; its largest "
+            "eigenpairs (structure='low_rank') can be saved, and block.to_dense() in a DenseBlock"
         )
     if block.device.type == "meta":
         raise ArgumentError(f"{block.label} is on the meta device, which holds no values to save")
@@ -134,14 +133,28 @@ def _described(prefix: str, name: str, block: Block, tensors: dict[str, Tensor])
         if getattr(block, array) is not None:
             # A copy: safetensors refuses tensors that share memory, and a block may use one tensor twice.
             tensors[f"{prefix}.{array}"] = getattr(block, array).detach().cpu().contiguous().clone()
-    kind = "flat" if isinstance(block.layout, FlatLayout) else "weight"
-    return {
+    entry = {
         "name": name,
         "block": tag,
         "dtype": str(block.dtype).removeprefix("torch."),
-        "layout": {"kind": kind, **asdict(block.layout)},
+        "layout": _written(block.layout),
         "numbers": {number: getattr(block, number) for number in stored.numbers},
+        "blocks": {
+            field: [
+                _described(f"{prefix}.{field}.{index}", part, tensors, part.name)
+                for index, part in enumerate(getattr(block, field))
+            ]
+            for field in stored.blocks
+        },
     }
+    return {**entry, "iteration": asdict(block.iteration)} if isinstance(block, IterativeBlock) else entry
+
+
+def _written(layout: WeightLayout) -> dict[str, Any]:
+    """A layout as JSON holds it."""
+    if isinstance(layout, JointLayout):
+        return {"kind": "joint", "parts": [_written(part) for part in layout.parts]}
+    return {"kind": "weight", **asdict(layout)}
 
 
 def _plain(value: Any) -> Any:
@@ -161,13 +174,14 @@ def _fingerprint(layers: list[dict[str, Any]]) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of all values with their names, dtypes and shapes."""
-    total = sha256()
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A digest of the rest of the header, and of all values with their names, dtypes and shapes."""
+    rest = {key: value for key, value in header.items() if key != "digest"}
+    total = sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -202,6 +216,8 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
     absent = [key for key in ("meta", "layers", "fingerprint", "digest") if key not in header]
     if absent:
         raise StateError(f"{path}: its header lacks {', '.join(absent)}: save the Fisher again")
+    if _digest(header, tensors) != header["digest"]:
+        raise StateError(f"{path} does not hold what was saved, so it is damaged or was changed: save the Fisher again")
     try:
         found = _fingerprint(header["layers"])
         for layer in header["layers"]:
@@ -210,8 +226,6 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
         raise StateError(f"{path}: its list of layers is damaged ({error!r}): save the Fisher again") from error
     if found != header["fingerprint"]:
         raise StateError(f"{path}: its layers are not those of its fingerprint, so its header was changed")
-    if _digest(tensors) != header["digest"]:
-        raise StateError(f"{path}: its values are not those that were saved: the file is damaged, or was changed")
 
 
 def _check_model(path: str | os.PathLike[str], layers: list[dict[str, Any]], model: nn.Module) -> None:
@@ -234,30 +248,34 @@ def _check_model(path: str | os.PathLike[str], layers: list[dict[str, Any]], mod
         raise StateError(f"{path} is of another model than {type(model).__name__}: {'; '.join(wrong[:4])}{more}")
 
 
-def _made(path: str | os.PathLike[str], prefix: str, layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
-    stored = STORED.get(layer.get("block", ""))
+def _made(path: str | os.PathLike[str], prefix: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
+    stored = STORED.get(entry.get("block", ""))
     if stored is None:
         raise StateError(
-            f"{path}: layer '{layer['name']}' is stored as {layer.get('block')!r}, which is not among "
+            f"{path}: layer '{entry['name']}' is stored as {entry.get('block')!r}, which is not among "
             f"{', '.join(STORED)}: register its type with register_stored before loading"
         )
     try:
-        arrays = {array: tensors[f"{prefix}.{array}"] for array in stored.arrays}
-        optional = {array: tensors.get(f"{prefix}.{array}") for array in stored.optional}
-        block: Block = stored.type(
-            layout=_layout(layer["layout"]), name=layer["name"], **arrays, **optional, **layer.get("numbers", {})
-        )
+        fields: dict[str, Any] = {array: tensors[f"{prefix}.{array}"] for array in stored.arrays}
+        fields |= {array: tensors.get(f"{prefix}.{array}") for array in stored.optional}
+        for field in stored.blocks:
+            parts = enumerate(entry["blocks"][field])
+            fields[field] = tuple(_made(path, f"{prefix}.{field}.{index}", part, tensors) for index, part in parts)
+        if "iteration" in entry:
+            fields["iteration"] = Iteration(**entry["iteration"])
+        block: Block = stored.type(layout=_layout(entry["layout"]), name=entry["name"], **fields, **entry["numbers"])
     except (KeyError, TypeError, KFACError) as error:
-        raise StateError(f"{path}: layer '{layer['name']}' does not fit together ({error})") from error
-    if str(block.dtype) != f"torch.{layer['dtype']}":
-        raise StateError(f"{path}: layer '{layer['name']}' is {block.dtype}, its header says {layer['dtype']}")
+        raise StateError(f"{path}: layer '{entry['name']}' does not fit together ({error})") from error
+    if str(block.dtype) != f"torch.{entry['dtype']}":
+        raise StateError(f"{path}: layer '{entry['name']}' is {block.dtype}, its header says {entry['dtype']}")
     return block
 
 
 def _layout(fields: Mapping[str, Any]) -> WeightLayout:
     values = dict(fields)
-    made = LAYOUTS[values.pop("kind")]
-    values["weight_shape"] = tuple(values["weight_shape"])
-    if "parts" in values:
-        values["parts"] = tuple((name, tuple(shape)) for name, shape in values["parts"])
-    return made(**values)
+    kind = values.pop("kind")
+    if kind == "joint":
+        return JointLayout(parts=tuple(_layout(part) for part in values["parts"]))
+    if kind != "weight":
+        raise ValueError(f"a layout of kind {kind!r}")
+    return WeightLayout(**{**values, "weight_shape": tuple(values["weight_shape"])})

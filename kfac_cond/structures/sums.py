@@ -59,6 +59,9 @@ class SumBlock(IterativeBlock):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return reduce(torch.add, [term.sample(n, generator) for term in self.terms])
 
+    def with_iteration(self, iteration: Iteration) -> SumBlock:
+        return replace(self, terms=tuple(term.with_iteration(iteration) for term in self.terms), iteration=iteration)
+
     def to(self, target: torch.device | torch.dtype | str) -> SumBlock:
         return replace(self, terms=tuple(term.to(target) for term in self.terms))
 

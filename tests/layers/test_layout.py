@@ -28,6 +28,10 @@ LAYOUTS = {
         ),
         (54,),
     ),
+    "any parameters": (
+        JointLayout.of({"w": (2, 3), "scale": (), "experts": (2, 2, 2), "none": (0, 3), "b": (4,)}),
+        (19,),
+    ),
 }
 
 
@@ -77,3 +81,14 @@ def test_a_matrix_of_another_shape_is_refused(case):
     layout, shape = case
     with pytest.raises(kc.ArgumentError, match="expected"):
         layout.from_matrix(torch.zeros(*shape, 2))
+
+
+def test_any_parameters_are_flattened_one_after_another():
+    layout, _ = LAYOUTS["any parameters"]
+    tensors = values(layout)
+    assert torch.equal(layout.to_matrix(tensors), torch.cat([x.flatten() for x in tensors.values()]))
+
+
+def test_a_layout_of_nothing_is_refused():
+    with pytest.raises(kc.ArgumentError, match="no parameters"):
+        JointLayout.of({})

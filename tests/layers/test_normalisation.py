@@ -254,8 +254,8 @@ def test_several_positions_have_the_factors_of_the_formula(norm, sharing):
     module, inputs = scattered(make()), torch.randn(shape)
     model = nn.Sequential(module, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(inputs[0].numel(), 3))
     labels = torch.randint(3, (5,))
-    options = kc.Options(draws=[[labels]], rules={"0": {"sharing": sharing}})
-    block = kc.estimate(model, [inputs], "categorical", options=options)["0"]
+    rules, options = {"0": {"sharing": sharing}}, kc.Options(draws=[[labels]])
+    block = kc.estimate(model, [inputs], "categorical", rules=rules, options=options)["0"]
     y = module(inputs)
     loss = nn.functional.cross_entropy(model[2:](y.relu()), labels, reduction="sum")
     (g,) = torch.autograd.grad(loss, [y])

@@ -64,3 +64,19 @@ def test_what_is_absent_or_differs_is_named():
         mine.merge(mine.inverse(damping=1.0))
     with pytest.raises(kc.ArgumentError, match="likelihood"):
         mine.merge(estimated(model, x, reduction="sum"))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "dense", "diagonal"])
+def test_estimates_from_files_merge_as_they_did_before(structure, tmp_path):
+    model, x = classifier(), torch.randn(7, 3)
+    parts = []
+    for index, part in enumerate(x.split([3, 4])):
+        kc.estimate(model, [part], "categorical", structure=structure, kind="exact").save(tmp_path / str(index))
+        parts.append(Fisher.load(tmp_path / str(index), model))
+    found = parts[0].merge(parts[1])
+    whole = kc.estimate(model, [x], "categorical", structure="kfac" if structure == "kfac" else "dense", kind="exact")
+    dense = torch.diag(whole.to_dense().diagonal()) if structure == "diagonal" else whole.to_dense()
+    assert_same(found.to_dense(), dense)
+    assert (found.meta["counts"]["examples"], found.meta["counts"]["terms"]) == (7, 7.0)
+    found.save(tmp_path / "merged")
+    assert torch.equal(Fisher.load(tmp_path / "merged").to_dense(), found.to_dense())

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import builtins
 import json
+import random
 import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_cond.errors import ArgumentError, StateError
-from kfac_cond.layers.layout import WeightLayout
-from kfac_cond.structures import Fisher, FlatLayout, KroneckerBlock, LowRankBlock, Stored, register_stored
+from kfac_cond.layers.layout import JointLayout, WeightLayout
+from kfac_cond.structures import (
+    Block,
+    Fisher,
+    Iteration,
+    KroneckerBlock,
+    LowRankBlock,
+    Stored,
+    SumBlock,
+    register_stored,
+)
 from kfac_cond.structures import storage as storage_module
+
+from ..reference import assert_same
 
 
 @pytest.fixture
@@ -26,15 +39,30 @@ def path(fisher: Fisher, tmp_path):
     return path
 
 
-def rewritten(path, change):
-    """The file with its header changed, and its tensors as they were."""
+def rewritten(path, change, *, signed=False):
+    """The file with its header or tensors changed, and where ``signed`` a digest of what is in it now."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as opened:
         header = json.loads(opened.metadata()["kfac_cond"])
     tensors = load_file(path)
     change(header, tensors)
+    if signed:
+        header["digest"] = storage_module._digest(header, tensors)
     save_file(tensors, path, metadata={"kfac_cond": json.dumps(header)})
+
+
+def assert_bitwise(found: Block, block: Block) -> None:
+    """The same type with the same values in every field that is stored, terms of a sum included."""
+    assert (type(found), found.layout, found.name) == (type(block), block.layout, block.name)
+    (stored,) = (one for one in storage_module.STORED.values() if one.type is type(block))
+    for field in stored.arrays:
+        mine, expected = getattr(found, field), getattr(block, field)
+        assert mine.dtype == expected.dtype
+        assert torch.equal(mine, expected)
+    for field in stored.blocks:
+        for mine, expected in zip(getattr(found, field), getattr(block, field), strict=True):
+            assert_bitwise(mine, expected)
 
 
 class TestRoundTrip:
@@ -46,15 +74,32 @@ class TestRoundTrip:
         assert list(found) == list(fisher)
         assert found.meta == fisher.meta
         for name, block in fisher.items():
-            mine = found[name]
-            assert type(mine) is type(block)
-            assert (mine.layout, mine.name, mine.dtype) == (block.layout, block.name, dtype)
-            for field in ("A", "G", "basis_A", "basis_G", "values"):
-                if hasattr(block, field):
-                    assert torch.equal(getattr(mine, field), getattr(block, field))
+            assert_bitwise(found[name], block)
+            assert found[name].dtype == dtype
+
+    def test_every_block(self, block: Block, vector: Tensor, partner, tmp_path):
+        """Each structure over each layout, alone and as a term of a sum."""
+        found = block + 2.0 * partner(block.layout) + block
+        assert isinstance(found, SumBlock)
+        found = replace(found, iteration=Iteration(probes=3, seed=4))
+        for saved in (block, found):
+            Fisher({"fc": saved}, meta={}).save(tmp_path / "f")
+            loaded = Fisher.load(tmp_path / "f")["fc"]
+            assert_bitwise(loaded, saved)
+            # The values are the same, their strides need not be: a product may round otherwise.
+            assert_same(loaded @ vector, saved @ vector)
+            assert_same(loaded.logdet(damping=0.1), saved.logdet(damping=0.1))
+        assert loaded.iteration == found.iteration
+
+    def test_a_loaded_fisher_adds_to_a_fresh_one(self, fisher: Fisher, path):
+        v = torch.randn(fisher.shape[0])
+        found = Fisher.load(path) + 2.0 * fisher
+        assert_same(found @ v, 3.0 * (fisher @ v))
+        found.save(path)
+        assert torch.equal(Fisher.load(path) @ v, found @ v)
 
     def test_low_rank_of_a_whole_model(self, tmp_path):
-        layout = FlatLayout.of({"a.weight": (2, 3), "b": (2,)})
+        layout = JointLayout.of({"a.weight": (2, 3), "b": (2,)})
         vectors = torch.linalg.qr(torch.randn(8, 2))[0].mT
         Fisher({"model": LowRankBlock(layout, torch.ones(2), vectors, rest=0.1)}, meta={}).save(tmp_path / "f")
         block = Fisher.load(tmp_path / "f")["model"]
@@ -96,8 +141,21 @@ class TestRefused:
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(bytes(data))
-        with pytest.raises(StateError, match="values are not those"):
+        with pytest.raises(StateError, match="does not hold what was saved"):
             Fisher.load(path)
+
+    @pytest.mark.parametrize("part", range(40))
+    def test_a_byte_that_changed_anywhere(self, path, part):
+        """Header or values: never another error, never another Fisher."""
+        whole = path.read_bytes()
+        generator = random.Random(part)
+        for _ in range(25):
+            data = bytearray(whole)
+            offset = generator.randrange(part * len(whole) // 40, (part + 1) * len(whole) // 40)
+            data[offset] ^= 1 << generator.randrange(8)
+            path.write_bytes(bytes(data))
+            with pytest.raises(StateError):
+                Fisher.load(path)
 
     def test_foreign(self, tmp_path):
         (tmp_path / "text").write_text("not a file of ours, but long enough to have a header\n" * 4)
@@ -109,33 +167,38 @@ class TestRefused:
         with pytest.raises(FileNotFoundError, match="nowhere"):
             Fisher.load(tmp_path / "nowhere")
 
+    @pytest.mark.parametrize("signed", [True, False])
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (lambda h, t: h.update(version=99), "version 99"),
             (lambda h, t: h.update(format="another"), "another"),
-            (lambda h, t: h.pop("digest"), "lacks digest"),
             (lambda h, t: h["layers"][0].update(name="other"), "fingerprint"),
             (lambda h, t: h["layers"][0].pop("layout"), "list of layers"),
             (lambda h, t: h["layers"][0].update(layout={"kind": "unheard"}), "list of layers"),
             (lambda h, t: h.update(layers=[1]), "list of layers"),
             (lambda h, t: h["layers"][0].update(block="unheard"), "'fc' is stored as 'unheard'"),
             (lambda h, t: h["layers"][0].update(dtype="float16"), "header says float16"),
-            (lambda h, t: t.update({"0.A": t["0.A"][:2]}), "values are not those"),
+            (lambda h, t: h["layers"][0].pop("numbers"), "'fc' does not fit together"),
+            (lambda h, t: t.update({"0.A": t["0.A"][:2].contiguous()}), r"does not fit together.*shape \(2, 5\)"),
+            (lambda h, t: t.pop("0.A"), "'fc' does not fit together"),
+            (lambda h, t: h["meta"].update(samples=3), None),
         ],
     )
-    def test_header_that_does_not_fit(self, path, change, message):
-        rewritten(path, change)
-        with pytest.raises(StateError, match=message):
+    def test_header_that_does_not_fit(self, path, change, message, signed):
+        """Whoever changes a file can sign it again; what does not fit together is then named."""
+        rewritten(path, change, signed=signed)
+        if signed and message is None:
+            assert Fisher.load(path).meta["samples"] == 3
+            return
+        early = message is not None and ("version" in message or "another" in message)
+        with pytest.raises(StateError, match=message if signed or early else "does not hold what was saved"):
             Fisher.load(path)
 
-    def test_shapes_that_do_not_fit(self, path):
-        def change(header, tensors):
-            tensors["0.A"] = tensors["0.A"][:2].contiguous()
-            header["digest"] = storage_module._digest(tensors)
-
-        rewritten(path, change)
-        with pytest.raises(StateError, match=r"'fc' does not fit together.*A has shape \(2, 5\)"):
+    @pytest.mark.parametrize("key", ["meta", "layers", "fingerprint", "digest"])
+    def test_header_that_lacks_something(self, path, key):
+        rewritten(path, lambda header, _: header.pop(key))
+        with pytest.raises(StateError, match=f"lacks {key}"):
             Fisher.load(path)
 
     def test_another_model(self, path, fisher: Fisher):
@@ -148,23 +211,28 @@ class TestRefused:
         with pytest.raises(StateError, match=r"'conv.weight' is not in the model.*'head.weight' has shape \(4, 3\)"):
             Fisher.load(path, model)
 
-    def test_what_holds_nothing(self, fisher: Fisher, tmp_path):
-        with pytest.raises(ArgumentError, match="SumBlock"):
-            (fisher + fisher).save(tmp_path / "f")
+    @pytest.mark.parametrize("make", [lambda f: (f + f).inverse(damping=1.0), lambda f: f + f + (f + f).sqrt()])
+    def test_what_is_known_by_its_products_alone(self, fisher: Fisher, tmp_path, make):
+        with pytest.raises(ArgumentError, match=r"FunctionBlock holds nothing.*low_rank.*to_dense"):
+            make(fisher).save(tmp_path / "f")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_meta_device(self, fisher: Fisher, tmp_path):
         with pytest.raises(ArgumentError, match="meta device"):
-            fisher.to("meta").save(tmp_path / "f")
+            (fisher + fisher).to("meta").save(tmp_path / "f")
         assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_save_leaves_the_old_file(path, fisher: Fisher, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt(), SafetensorError("no space left")])
+@pytest.mark.parametrize("moment", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+def test_a_failed_save_leaves_the_old_file(path, fisher: Fisher, monkeypatch, error, moment):
     before = path.read_bytes()
-    import safetensors.torch
 
-    def fails(tensors, partial, metadata):
-        raise OSError("no space left")
+    def fails(*_, **__):
+        raise error
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fails)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(moment, fails)
+    with pytest.raises((OSError, KeyboardInterrupt), match=r"no space|^$"):
         (2.0 * fisher).save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]

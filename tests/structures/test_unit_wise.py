@@ -105,9 +105,7 @@ class Residual(nn.Module):
 def test_a_rule_gives_it_to_norms_alone():
     model, x = nn.Sequential(Residual(), Residual()), torch.randn(5, 4)
     rules = {"*.norm": {"structure": "unit_wise"}}
-    mixed, whole = kc.estimate(
-        model, [x], "categorical", structure=["mixed", "unit_wise"], kind="exact", options=kc.Options(rules=rules)
-    )
+    mixed, whole = kc.estimate(model, [x], "categorical", structure=["mixed", "unit_wise"], kind="exact", rules=rules)
     assert {name: type(block) for name, block in mixed.items()} == {
         "0.norm": kc.UnitWiseBlock,
         "0.linear": kc.KroneckerBlock,
