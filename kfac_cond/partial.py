@@ -99,7 +99,9 @@ def digest_of_batch(batch: Any) -> str:
     total = sha256()
     for x in _tensors(batch):
         total.update(f"{x.dtype} {tuple(x.shape)}".encode())
-        total.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # A tensor of its own: one number alone may have a stride that no view as bytes takes.
+        flat = torch.empty(x.numel(), dtype=x.dtype).copy_(x.detach().reshape(-1))
+        total.update(flat.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -132,7 +132,8 @@ def _described(prefix: str, block: Block, tensors: dict[str, Tensor], name: str)
     for array in (*stored.arrays, *stored.optional):
         if getattr(block, array) is not None:
             # A copy: safetensors refuses tensors that share memory, and a block may use one tensor twice.
-            tensors[f"{prefix}.{array}"] = getattr(block, array).detach().cpu().contiguous().clone()
+            value = getattr(block, array).detach()
+            tensors[f"{prefix}.{array}"] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
     entry = {
         "name": name,
         "block": tag,
