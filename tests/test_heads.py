@@ -402,6 +402,14 @@ def test_estimates_of_heads_merge_where_their_shares_agree(net, x):
     assert_same(parts[0].merge(parts[1]).to_dense(), whole.to_dense())
 
 
+def test_files_of_heads_are_read_back_and_merge(net, x, tmp_path):
+    parts = [kc.estimate(net, [x[rows]], heads(), kind="exact") for rows in (slice(0, 3), slice(3, 7))]
+    for number, part in enumerate(parts):
+        part.save(tmp_path / str(number))
+    read = [kc.Fisher.load(tmp_path / str(number), net) for number in range(2)]
+    assert_same(read[0].merge(read[1]).to_dense(), kc.estimate(net, [x], heads(), kind="exact").to_dense())
+
+
 def test_estimates_of_heads_whose_shares_differ_do_not_merge(net, x):
     labels = draw(7, 4)
     labels["kind"][:2] = -100

@@ -161,10 +161,26 @@ def without(name: str) -> kc.Fisher:
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["one draw", "exact", "empirical", "handed in", "derived", "merged"])
+REASONS = {
+    "one draw": r"of kind 'sampled' with samples=1: .*samples=8",
+    "exact": r"of kind 'exact' with samples=1: .*samples=8",
+    "empirical": r"of kind 'empirical' with samples=1: .*samples=8",
+    "handed in": r"of kind 'sampled' with samples=1: .*samples=8",
+    "derived": r"is \* 2 of an estimate: .*samples=8",
+    "merged": "no longer holds its draws apart",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
 def test_what_has_no_groups_of_draws_says_what_to_do(name):
-    with pytest.raises(kc.ArgumentError, match="samples=8"):
+    with pytest.raises(kc.ArgumentError, match=REASONS[name]):
         without(name).sampling_error()
+
+
+def test_a_file_has_no_groups_of_draws(tmp_path):
+    kc.estimate(nn.Linear(3, 2), [torch.randn(4, 3)], "categorical", samples=2).save(tmp_path / "fisher")
+    with pytest.raises(kc.ArgumentError, match="read from a file"):
+        kc.Fisher.load(tmp_path / "fisher").sampling_error()
 
 
 def test_the_table_is_short():

@@ -185,9 +185,12 @@ class Fisher(Mapping[str, Block]):
         """
         if not self._groups:
             kind, draws = self.meta.get("kind"), self.meta.get("samples")
-            why = f"this one is of kind {kind!r} with samples={draws}"
             if "derived" in self.meta:
                 why = f"this one is {self.meta['derived'][-1]} of an estimate"
+            elif kind == "sampled" and draws != 1:
+                why = "this one no longer holds its draws apart (it was merged, read from a file, or its labels handed in)"
+            else:
+                why = f"this one is of kind {kind!r} with samples={draws}"
             raise ArgumentError(
                 f"sampling_error needs an estimate from at least two drawn labels a term, as kc.estimate gives it, and "
                 f"{why}: kc.estimate(..., kind='sampled', samples=8)"
