@@ -102,7 +102,8 @@ def bound_to_batch(
     labels = {} if targets is None else split(likelihood, targets, "targets", partly=True)
     masks: dict[str, Tensor | None] = {}
     if isinstance(likelihood, Product) and data.mask is not None:
-        masks = split(likelihood, data.mask(args, kwargs, output), "masks", partly=True)
+        given = split(likelihood, data.mask(args, kwargs, output), "masks", partly=True)
+        masks = {name: mask.detach().bool() for name, mask in given.items()}
     else:
         for name, one in heads_of(likelihood).items():
             masks[name] = data.pick_mask(args, kwargs, output, tuple(one.term_shape(outputs[name])))

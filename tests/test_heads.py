@@ -146,6 +146,15 @@ def test_outputs_may_be_picked(net, x):
     assert_same(found.to_dense(), kc.estimate(net, [x], heads(), kind="exact").to_dense(), tolerance=0.0)
 
 
+def test_masks_may_be_picked_by_head(net, x):
+    """As numbers, and of one head alone."""
+    known = torch.tensor([0, 1, 1, 0, 1, 1, 0])
+    data = kc.Data(mask=lambda args, kwargs, outputs: {"kind": known})
+    found = kc.estimate(net, [x], heads(), kind="exact", options=kc.Options(data=data))
+    labels = {"kind": torch.where(known.bool(), 0, -100)}
+    assert_same(found.to_dense(), kc.estimate(net, [(x, labels)], heads(ignore_index=-100), kind="exact").to_dense())
+
+
 @pytest.mark.parametrize("sizes", [[7], [2, 5], [1, 1, 5]])
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

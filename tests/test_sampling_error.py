@@ -167,7 +167,7 @@ REASONS = {
     "empirical": r"of kind 'empirical' with samples=1: .*samples=8",
     "handed in": r"of kind 'sampled' with samples=1: .*samples=8",
     "derived": r"is \* 2 of an estimate: .*samples=8",
-    "merged": "no longer holds its draws apart",
+    "merged": "does not hold its draws apart",
 }
 
 

@@ -188,7 +188,7 @@ class Fisher(Mapping[str, Block]):
             if "derived" in self.meta:
                 why = f"this one is {self.meta['derived'][-1]} of an estimate"
             elif kind == "sampled" and draws != 1:
-                why = "this one no longer holds its draws apart (it was merged, read from a file, or its labels handed in)"
+                why = "this one does not hold its draws apart (it was merged, or read from a file)"
             else:
                 why = f"this one is of kind {kind!r} with samples={draws}"
             raise ArgumentError(
