@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layers.layout import MAX_FACTOR_DIM, JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
-from ..linalg.moments import trace
+from ..linalg.moments import of_unit_trace
 from ..linalg.pairs import (
     example_rows,
     input_moment,
@@ -29,7 +29,7 @@ from ..linalg.pairs import (
     row_moments,
     squared_gradients,
 )
-from ..linalg.sides import as_side, whole
+from ..linalg.sides import whole
 from ..statistics import combined
 from .base import Block, require_dense
 from .dense import DenseBlock
@@ -219,9 +219,7 @@ class TraceRestrictedCollector(Collector):
         if not self.R:
             return None
         R, C = combined(self.R, scales), combined(self.C, scales)
-        total = trace(as_side(C, leading=len(self.layout.matrix_shape) - 2))
-        share = torch.where(total > 0, total, 1).reshape(*total.shape, *[1] * (C.dim() - total.dim()))
-        return KroneckerBlock(self.layout, C / share, R, self.name)
+        return KroneckerBlock(self.layout, of_unit_trace(C, leading=len(self.layout.matrix_shape) - 2), R, self.name)
 
 
 class KeepingCollector(Collector):
