@@ -81,7 +81,7 @@ def _matrices(layer: Layer, sums: LayerSums | None, heads: int) -> tuple[Tensor,
     if sums is not None:
         return sums.A, sums.G
     like = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
-    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
+    of_A, of_G = layer.sum_shapes
     return like.new_zeros(of_A), like.new_zeros((heads, *of_G))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -20,6 +21,8 @@ from .partial import Partial, digest_of_model
 from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
+
+logger = logging.getLogger("kfac_cond")
 
 STRUCTURES = (*COLLECTORS, "dense", "mixed")
 
@@ -109,7 +112,7 @@ def estimate(
     _check(model, words, kind, samples, options)
     if not callable(data):
         checked_batches(data)
-    layers = _wanted(model, options)
+    layers = _wanted(model, options, kind)
     stored = [_storage(word, layers, twice=options.second_pass and kind != "forward_only") for word in words]
     given = (model, layers, as_likelihood(likelihood, heard=False), kind, samples, options, stored)
     single = Pass(*given)
@@ -172,8 +175,10 @@ def _check_again(first: Statistics, second: Statistics) -> None:
         )
 
 
-def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
+def _wanted(model: nn.Module, options: Options, kind: str) -> dict[str, Layer]:
     found = survey(model, options.rules).layers
+    if kind == "forward_only":
+        found = _with_inputs(found)
     for pattern, rule in (options.rules or {}).items():
         if rule.get("damping") is not None:
             raise ArgumentError(
@@ -192,6 +197,18 @@ def _wanted(model: nn.Module, options: Options) -> dict[str, Layer]:
     if not wanted:
         raise CoverageError(f"{type(model).__name__} has no layer that can be covered: see kc.coverage(model)")
     return wanted
+
+
+def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers that a forward alone says something of, after the others are named."""
+    kept = {name: layer for name, layer in layers.items() if layer.modules}
+    if len(kept) < len(layers):
+        logger.warning(
+            "kind='forward_only' has nothing for parameters in the universal form, which are known by their gradients: "
+            "%s have no block.",
+            ", ".join(name for name in layers if name not in kept),
+        )
+    return kept
 
 
 def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:

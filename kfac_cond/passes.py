@@ -88,7 +88,11 @@ class Pass:
         if self.kind == "forward_only":
             return Wanted(frozenset(self.layers), frozenset(), self._take, self.dtype)
         moments = frozenset[str]().union(*(one.moments for one in self.stored))
-        return Wanted(moments, frozenset[str]().union(*(one.pairs for one in self.stored)), self._take, self.dtype)
+        pairs = frozenset[str]().union(*(one.pairs for one in self.stored))
+        # What is not drawn is not zero on average, so that products between examples would stay; and what couples
+        # layers needs all of them example by example.
+        by_example = self.kind != "sampled" or any(isinstance(one, Joint) for one in self.stored)
+        return Wanted(moments, pairs, self._take, self.dtype, by_example)
 
     def _take(self, pairs: Pairs, weight: float, slot: int) -> None:
         for one in self.stored:
@@ -345,6 +349,7 @@ class Pass:
                 G = stored_identity(shape, leading=leading, like=A)
             else:
                 G = combined(sums.G, scales)
+                A, G = layer.factors(A, G)
             factors[name] = KroneckerBlock(layer.layout, A, G, name=name)
         return factors
 

@@ -107,6 +107,11 @@ class Layer:
             )
 
 
+def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
+    """The layers that need more than one draw of labels before they are preconditioned, with how many."""
+    return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
+
+
 @dataclass(frozen=True)
 class Row:
     """One trainable parameter of a coverage table.

@@ -364,6 +364,14 @@ COLLECTORS: dict[str, type[Collector]] = {
 }
 
 
+def _collector_of(structure: str, layout: WeightLayout, max_factor_dim: int) -> type[Collector]:
+    """What collects a layer's block."""
+    if structure == "kpsvd" and layout.d_in == 1 and layout.d_out > max_factor_dim:
+        # Of all products of a diagonal and a number the nearest has the diagonal of F itself.
+        return TraceRestrictedCollector
+    return COLLECTORS[structure]
+
+
 class LayerByLayer:
     """One estimate with a collector for each layer.
 
@@ -382,7 +390,10 @@ class LayerByLayer:
         twice: bool = False,
         limits: Mapping[str, int],
     ) -> None:
-        self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
+        self.collectors = {
+            name: _collector_of(structures[name], layout, limits[name])(layout, name)
+            for name, layout in layouts.items()
+        }
         for name, one in self.collectors.items():
             one.limit_sides(limits[name])
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)
