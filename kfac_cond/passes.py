@@ -309,7 +309,9 @@ class Pass:
             if self.kind in ("empirical", "forward_only"):
                 meta["note"] = "not the conditional Fisher"
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
-            own = {key: value for key, value in counts.items() if key != "positions" or word == "kfac"}
+            own = {
+                key: value for key, value in counts.items() if key not in ("positions", "universal") or word == "kfac"
+            }
             of_groups = [(share, blocks[index]) for share, blocks in groups]
             fishers.append(Fisher(everything[index], meta={**meta, "counts": own}, groups=of_groups))
         return fishers
@@ -323,7 +325,10 @@ class Pass:
             "adds": adds.get("", adds),
         }
         if not total.divisor.is_meta:
-            counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
+            of_inputs = {name: sums for name, sums in total.layers.items() if self.layers[name].modules}
+            counts["positions"] = {name: float(sums.A_count) for name, sums in of_inputs.items()}
+            if universal := [name for name in total.layers if name not in of_inputs]:
+                counts["universal"] = universal
         return counts
 
     def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:

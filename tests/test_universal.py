@@ -305,6 +305,18 @@ def test_an_iterated_pass_and_a_kept_one_agree(model, inputs):
         assert_same(again[name].values, kept[name].values, tolerance=1e-5)
 
 
+def test_two_estimates_merge_to_the_one_over_all_the_data(model, inputs):
+    def over(*pieces: slice) -> kc.Fisher:
+        options = kc.Options(draws=[[labels[piece]] for piece in pieces], dtype=torch.float64)
+        return kc.estimate(model, [inputs[piece] for piece in pieces], kc.Categorical(dim=-1), options=options)
+
+    inputs, labels = torch.cat([inputs, inputs + 1]), torch.randint(CLASSES, (4, 2))
+    merged, whole = over(slice(1)).merge(over(slice(1, 4))), over(slice(1), slice(1, 4))
+    for name, block in whole.items():
+        assert_same(merged[name].A, block.A)
+        assert_same(merged[name].G, block.G)
+
+
 def test_a_forward_alone_says_nothing_of_them(inputs, caplog):
     model = nn.Sequential(nn.Linear(3, 2), Scaled(2))
     found = kc.estimate(model, [inputs], kc.Categorical(dim=-1), kind="forward_only")
@@ -320,7 +332,7 @@ def test_a_large_side_is_the_diagonal_of_the_same_moment(model, inputs, limit):
     found = kc.estimate(model, [inputs], kc.Categorical(dim=-1), options=options)
     for name, block in found.items():
         assert_same(block.diagonal(), whole[name].diagonal())
-        groups, rows, columns = as_stack(dict(model.named_parameters())[name])
+        _, rows, columns = as_stack(dict(model.named_parameters())[name])
         sizes = {"A": columns, "G": rows}
         expected = ["G"] if columns == 1 and rows > 1 else [side for side in "AG" if sizes[side] > limit]
         assert list(block.diagonal_sides) == expected
