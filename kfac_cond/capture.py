@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
@@ -86,6 +87,8 @@ class Capture:
         self._wanted = wanted
         self._handles: list[RemovableHandle] = []
         self._eager = EagerForwards(model)
+        #: The layers that are known by the gradient of their parameter.
+        self._universal = [layer for layer in layers.values() if not layer.modules]
 
     def install(self) -> None:
         """Put the hooks on; a layer's is the first of its hooks, to see the output as the layer made it."""
@@ -127,7 +130,7 @@ class Capture:
             self._open(None if self._positions is None else self._positions(args, kwargs))
 
     def _open(self, positions: Tensor | None) -> Forward:
-        self.waiting = [forward for forward in self.waiting if forward.entries]
+        self.waiting = [forward for forward in self.waiting if forward.entries or forward.ends]
         if len(self.waiting) >= MAX_WAITING:
             self.waiting.pop(0)
             self._warn()
@@ -147,6 +150,8 @@ class Capture:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._heard is not None and self.listening():
+            if self._universal and self.waiting:
+                self.waiting[-1].ends = [_edge(one) for one in tree_leaves(outputs) if _is_computed(one)]
             self._heard(args, kwargs, outputs)
 
     def _layer(
@@ -205,19 +210,26 @@ class Capture:
             for entry in forward.entries.values()
             for use in entry.uses
         ]
-        if not uses:
+        ends = [(index, edge) for index, forward in enumerate(forwards) for edge in forward.ends]
+        if not (uses or ends):
             return None
         sums: dict[str, LayerSums] = {}
         touched: set[int] = set()
         for sent in scores:
             if not sent.outputs.requires_grad:
                 continue
-            gradients = self._gradients(sent.outputs, [use.edge for _, _, use in uses], sent.score)
-            touched.update(index for (index, _, _), g in zip(uses, gradients, strict=True) if g is not None)
-            reached = [(entry, use, g) for (_, entry, use), g in zip(uses, gradients, strict=True) if g is not None]
-            del gradients
+            found, of_parameters = self._arrived(sent, [*(use.edge for *_, use in uses), *(edge for _, edge in ends)])
+            indices = [*(index for index, *_ in uses), *(index for index, _ in ends)]
+            now = {index for index, g in zip(indices, found, strict=True) if g is not None}
+            reached = [(entry, use, g) for (_, entry, use), g in zip(uses, found, strict=False) if g is not None]
+            del found
+            if not now:
+                # Another model's outputs may depend on a parameter of ours too.
+                continue
+            touched |= now
             with torch.no_grad():
-                add_gradients(sums, reached, Place(sent.weight, sent.slot, slots), examples, self._wanted)
+                place = Place(sent.weight, sent.slot, slots)
+                add_gradients(sums, reached, place, examples, self._wanted, of_parameters)
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]
@@ -245,6 +257,7 @@ class Capture:
         """Whether a forward held computed these outputs: one that was sent back to already, or one that waits."""
         forwards = self.spent if spent else self.waiting
         edges = [use.edge for forward in forwards for entry in forward.entries.values() for use in entry.uses]
+        edges += [edge for forward in forwards for edge in forward.ends]
         if not edges:
             return False
         try:
@@ -254,11 +267,41 @@ class Capture:
             return True
         return any(gradient is not None for gradient in found)
 
-    def _gradients(self, outputs: Tensor, edges: Sequence[GradientEdge], score: Tensor) -> Sequence[Tensor]:
-        """One backward from a score to edges. Autocast would reach into it, hence off."""
+    def _arrived(
+        self, sent: Sent, edges: Sequence[GradientEdge]
+    ) -> tuple[Sequence[Tensor | None], list[tuple[Layer, Tensor]]]:
+        """The gradients of one score at edges, and [n, *shape] of each parameter in the universal form that it reaches.
+
+        Leaves give their gradient to the call alone: ``.grad`` and the hooks of accumulation see nothing of it.
+        """
+        for layer in self._universal:
+            layer.check_unchanged()
+        parameters = [next(iter(layer.parameters.values())) for layer in self._universal]
+        if not parameters:
+            return self._gradients(sent.outputs, edges, sent.score), []
+        if self._wanted is None or not self._wanted.by_example:
+            found = self._gradients(sent.outputs, [*edges, *parameters], sent.score)
+            pairs = zip(self._universal, found[len(edges) :], strict=True)
+            return found[: len(edges)], [(layer, _dense(layer, g)[None]) for layer, g in pairs if g is not None]
+        found = self._gradients(sent.outputs, edges, sent.score)
+        of_each: dict[str, list[Tensor]] = {}
+        for index in range(len(sent.score)):
+            score = torch.zeros_like(sent.score)
+            score[index] = sent.score[index]
+            for layer, g in zip(self._universal, self._gradients(sent.outputs, parameters, score), strict=True):
+                if g is not None:
+                    of_each.setdefault(layer.name, []).append(_dense(layer, g))
+        return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
+
+    def _gradients(
+        self, outputs: Tensor, edges: Sequence[GradientEdge] | Sequence[GradientEdge | Tensor], score: Tensor
+    ) -> Sequence[Tensor | None]:
+        """One backward from a score to edges and leaves. Autocast would reach into it, hence off."""
         with without_autocast(outputs.device), kept_running_statistics(self.model):
             try:
-                return torch.autograd.grad(outputs, edges, score, retain_graph=True, allow_unused=True)
+                # Edges and leaves may come mixed, which the annotation does not know.
+                inputs = cast("Sequence[GradientEdge]", edges)
+                return torch.autograd.grad(outputs, inputs, score, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 if known := next((words for key, words in _REFUSALS.items() if key in str(error)), None):
                     raise CaptureError(known) from error
@@ -299,6 +342,21 @@ def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, inv
     examples = heads[0].likelihood.examples(heads[0].outputs)
     finite, nonfinite = check_finite(sums)
     return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
+
+
+def _is_computed(output: Any) -> bool:
+    """Whether this is a tensor with a graph behind it."""
+    return isinstance(output, Tensor) and output.grad_fn is not None
+
+
+def _dense(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
+    if gradient.layout is not torch.strided:
+        raise CaptureError(
+            f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
+            f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
+        )
+    return gradient
 
 
 def _edge(output: Tensor) -> GradientEdge:

@@ -27,7 +27,7 @@ class Coverage:
         silent = set(paths)
         return Coverage(
             tuple(
-                replace(row, covered=False, reason=reason, remedy=remedy) if row.path in silent else row
+                replace(row, covered=False, reason=reason, remedy=remedy, form="none") if row.path in silent else row
                 for row in self.rows
             )
         )

@@ -80,8 +80,8 @@ def _matrices(layer: Layer, sums: LayerSums | None, heads: int) -> tuple[Tensor,
     """(A, G) sums as tensors of their own; zeros where the layer was not used here."""
     if sums is not None:
         return sums.A, sums.G
-    like = layer.weight.new_zeros((), dtype=statistic_dtype(layer.weight.dtype))
-    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
+    like = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
+    of_A, of_G = layer.sum_shapes
     return like.new_zeros(of_A), like.new_zeros((heads, *of_G))
 
 

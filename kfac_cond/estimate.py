@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -21,6 +22,8 @@ from .partial import Partial, digest_of_model
 from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
+
+logger = logging.getLogger("kfac_cond")
 
 STRUCTURES = (*COLLECTORS, "dense", "mixed", *WORDS)
 
@@ -216,6 +219,8 @@ def _check_again(first: Statistics, second: Statistics) -> None:
 
 def _wanted(request: Request) -> dict[str, Layer]:
     found, options = survey(request.model, request.rules).layers, request.options
+    if request.kind == "forward_only":
+        found = _with_inputs(found)
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in found):
@@ -228,6 +233,18 @@ def _wanted(request: Request) -> dict[str, Layer]:
     if not wanted:
         raise CoverageError(f"{type(request.model).__name__} has no layer that can be covered: see kc.coverage(model)")
     return wanted
+
+
+def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers that a forward alone says something of, after the others are named."""
+    kept = {name: layer for name, layer in layers.items() if layer.modules}
+    if len(kept) < len(layers):
+        logger.warning(
+            "kind='forward_only' has nothing for parameters in the universal form, which are known by their gradients: "
+            "%s have no block.",
+            ", ".join(name for name in layers if name not in kept),
+        )
+    return kept
 
 
 def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:

@@ -34,12 +34,15 @@ class Wanted:
         pairs: layers whose activations are kept until the scores come back.
         take: called with the pairs of one batch and score, and with the score's weight and slot.
         dtype: of the statistics, where they would be narrower.
+        by_example: whether parameters in the universal form are asked for the gradient of each example, in place of
+            that of all examples together.
     """
 
     moments: frozenset[str]
     pairs: frozenset[str]
     take: Callable[[Pairs, float, int], None]
     dtype: torch.dtype = torch.float32
+    by_example: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Forward:
 
     positions: Tensor | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+    #: Where the gradients of the model's outputs arrive; noted where a forward must be known without any entry.
+    ends: list[GradientEdge] = field(default_factory=list)
     #: Whether an explicit update may still take the place of what was heard of it.
     replaceable: bool = False
 
@@ -125,8 +130,19 @@ def add_gradients(
     place: Place,
     examples: int,
     wanted: Wanted | None = None,
+    of_parameters: Iterable[tuple[Layer, Tensor]] = (),
 ) -> None:
-    """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted."""
+    """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted.
+
+    Args:
+        sums: by layer name.
+        reached: the uses of layers that a gradient arrived at.
+        place: where it is added.
+        examples: N.
+        wanted: what is asked for where it is not A and G of every layer.
+        of_parameters: layers in the universal form, with gradients [n, *shape of the parameter] that are squared one by
+            one.
+    """
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for entry, use, gradient in reached:
@@ -151,8 +167,24 @@ def add_gradients(
         pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
     for layer, total in pooled.values():
         _accumulate(sums, layer, layer.gradient_moment(total), place)
+    for layer, gradients in of_parameters:
+        D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
+        if wanted is None or layer.name in wanted.moments:
+            _accumulate(sums, layer, _both_moments(layer, D), place)
+        else:
+            _accumulate(sums, layer, D.sum(), place)
+        if wanted is not None and layer.name in wanted.pairs:
+            module, _ = layer.places[layer.name]
+            uses[layer.name] = [(layer.kind.activations(module, D), layer.kind.output_gradients(module, D))]
     if wanted is not None and uses:
         wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, place.weight, place.slot)
+
+
+def _both_moments(layer: Layer, D: Tensor) -> Tensor:
+    """The sums of D^T D and D D^T one after the other, flat; D is [n, *matrix_shape]."""
+    C = layer.input_moment(rearrange(D, "n ... o i -> ... (n o) i"))
+    R = layer.gradient_moment(rearrange(D, "n ... o i -> ... (n i) o"))
+    return torch.cat([C.flatten(), R.flatten()])
 
 
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
@@ -199,6 +231,10 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
     """Put the inputs of the forwards heard into the sums of the layers that a gradient reached."""
     for name, mine in sums.items():
         entries = [forward.entries[name] for forward in heard if name in forward.entries]
+        if not entries:
+            # The universal form has no inputs: all is in G, and what is counted are the backwards.
+            mine.A_count = torch.ones_like(mine.A)
+            continue
         inputs, count = entries[0].inputs, entries[0].count
         for entry in entries[1:]:
             _same_examples(entry.layer, inputs, entry.inputs)

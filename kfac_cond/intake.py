@@ -174,6 +174,17 @@ class Intake:
         if self._named_missing:
             return
         self._named_missing = True
+        raw = [name for name in missing if not layers[name].modules]
+        if raw:
+            logger.warning(
+                "no gradient of the outputs that parametrise p reaches %d of %d parameters in the universal form: %s. "
+                "Their gradients are left as they are. They are unused, or belong to another head: choose it with "
+                "data=kc.Data(outputs=...) or kfac.update(outputs), or exclude them by a rule.",
+                len(raw),
+                sum(not layer.modules for layer in layers.values()),
+                ", ".join(raw),
+            )
+        missing = [name for name in missing if name not in raw]
         silent = [name for name in missing if name not in self.capture.fired]
         if silent:
             logger.warning(

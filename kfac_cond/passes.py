@@ -65,7 +65,11 @@ class Pass:
         if self.kind == "forward_only":
             return Wanted(frozenset(self.layers), frozenset(), self._take, self.dtype)
         moments = frozenset[str]().union(*(one.moments for one in self.stored))
-        return Wanted(moments, frozenset[str]().union(*(one.pairs for one in self.stored)), self._take, self.dtype)
+        pairs = frozenset[str]().union(*(one.pairs for one in self.stored))
+        # What is not drawn is not zero on average, so that products between examples would stay; and what couples
+        # layers needs all of them example by example.
+        by_example = self.kind != "sampled" or any(isinstance(one, Joint) for one in self.stored)
+        return Wanted(moments, pairs, self._take, self.dtype, by_example)
 
     def _take(self, pairs: Pairs, weight: float, slot: int) -> None:
         for one in self.stored:
@@ -159,7 +163,7 @@ class Pass:
         return Statistics.restored(state, self.slots, self._devices())
 
     def _devices(self) -> dict[str, torch.device]:
-        return {name: layer.weight.device for name, layer in self.layers.items()}
+        return {name: layer.like.device for name, layer in self.layers.items()}
 
     def _skip(self, number: int, batch: Any, state: Mapping[str, Any]) -> None:
         """Pass over a batch that was taken in before, the last of which must be the one that was."""
@@ -235,7 +239,9 @@ class Pass:
         fishers = []
         for index, word in enumerate(words):
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
-            own = {key: value for key, value in counts.items() if key != "positions" or word == "kfac"}
+            own = {
+                key: value for key, value in counts.items() if key not in ("positions", "universal") or word == "kfac"
+            }
             of_groups = [(share, blocks[index]) for share, blocks in groups]
             meta = {**facts(self.likelihood, self.kind, word, self.request.samples), "counts": own}
             fishers.append(Fisher(everything[index], meta=meta, groups=of_groups))
@@ -244,7 +250,10 @@ class Pass:
     def _counts(self, total: Statistics) -> dict[str, Any]:
         counts = counts_of(self.slots, total.divisor, total.examples)
         if not total.divisor.is_meta:
-            counts["positions"] = {name: float(sums.A_count) for name, sums in total.layers.items()}
+            of_inputs = {name: sums for name, sums in total.layers.items() if self.layers[name].modules}
+            counts["positions"] = {name: float(sums.A_count) for name, sums in of_inputs.items()}
+            if universal := [name for name in total.layers if name not in of_inputs]:
+                counts["universal"] = universal
         return counts
 
     def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:
@@ -270,6 +279,7 @@ class Pass:
                 G = stored_identity(shape, leading=leading, like=A)
             else:
                 G = combined(sums.G, scales)
+                A, G = layer.factors(A, G)
             factors[name] = KroneckerBlock(layer.layout, A, G, name=name)
         return factors
 

@@ -23,7 +23,7 @@ from .guards import without_autocast
 from .heads import Distribution
 from .health import Health
 from .intake import Intake
-from .layers.survey import Layer
+from .layers.survey import Layer, draws_needed, waiting_for_draws
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
 from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
@@ -113,7 +113,7 @@ class KFAC:
             step=lambda: self._clock.at_most,
         )
         self._intake.watch(self.layers)
-        self._average = MovingAverage(self.layers, self._intake.slots.weights)
+        self._average = MovingAverage(self.layers, self._intake.slots.weights, draws_needed(self.layers))
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -175,6 +175,7 @@ class KFAC:
             f"step {step}, {mode}{', paused' if self._paused else ''}",
             f"factors of {len(self._average.ready)}, inverses of {len(self._inverses)} of {len(self.layers)} layers; "
             f"{self._health.skipped_captures} captures left out",
+            *waiting_for_draws(self.layers, self._inverses),
         )
         return "\n  ".join(lines)
 
@@ -259,7 +260,8 @@ class KFAC:
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
         for name in changed:
             self._inverses.pop(name, None)
-        self._average = self._average.restricted(fresh.layers, without=changed)
+            self._unused.discard(name)
+        self._average = self._average.restricted(fresh.layers, without=changed, needed=draws_needed(fresh.layers))
         self._health = self._health.restricted(fresh.layers, without=changed)
         self._survey = fresh
         self._intake.watch(fresh.layers)
@@ -290,6 +292,8 @@ class KFAC:
         """
         loaded = state.load(saved, self.layers, slots=self._intake.slots, patience=self.schedule.patience)
         self._average, self._inverses = loaded.average, loaded.inverses
+        # What the last refresh left out it is not to be repeated for.
+        self._unused = set(loaded.average.ready) - loaded.inverses.keys() if loaded.inverses else set()
         self._health = loaded.health
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
@@ -387,10 +391,11 @@ class KFAC:
         self._inverses = inverses
 
     def _blocks(self) -> dict[str, KroneckerBlock]:
-        return {
-            name: KroneckerBlock(self.layers[name].layout, *self._average.factors(name), name=name)
-            for name in self._average.ready
-        }
+        blocks = {}
+        for name in self._average.ready:
+            layer = self.layers[name]
+            blocks[name] = KroneckerBlock(layer.layout, *layer.factors(*self._average.factors(name)), name=name)
+        return blocks
 
     def _inverse_of(self, name: str, like: Tensor) -> Block | None:
         """The layer's inverse, where its gradient is and in the dtype of its statistics."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .draws import Draws
 from .errors import StateError
 from .health import Flags, Health
-from .layers.survey import Layer
+from .layers.survey import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, EigenBlock, KroneckerBlock
 
@@ -30,6 +30,8 @@ _STORED: dict[type[Block], tuple[str, ...]] = {
 
 #: What an average may hold: nothing, the weight of G of a layer that was not used yet, or all of it.
 _AVERAGES: tuple[set[str], ...] = (set(), {"G_weight"}, {"A", "A_weight", "G", "G_weight"})
+#: What there is beside it of a layer whose captures are counted.
+_COUNTS = {"draws", "draws_squared"}
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
     _check_format(saved)
     _check_names(saved["layers"], layers)
     _check_heads(saved, slots)
-    average = MovingAverage(layers, slots.weights)
+    average = MovingAverage(layers, slots.weights, draws_needed(layers))
     inverses: dict[str, Block] = {}
     for name, layer in layers.items():
         entry = _layer_entry(name, layer, saved["layers"][name])
-        average.load_layer(name, _placed(name, layer, _whole_average(name, entry["average"]), slots))
+        average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
     health = Health(layers, patience=patience)
@@ -180,13 +182,15 @@ def _layer_entry(name: str, layer: Layer, entry: object) -> Mapping[str, Any]:
     return entry
 
 
-def _whole_average(name: str, entry: object) -> Mapping[str, Tensor]:
-    """An average with each factor beside its weight."""
+def _whole_average(name: str, layer: Layer, entry: object) -> Mapping[str, Tensor]:
+    """An average with each factor beside its weight, and the counts of a layer that has them."""
     found = set(entry) if isinstance(entry, Mapping) else {type(entry).__name__}
+    counts = _COUNTS if name in draws_needed({name: layer}) else set()
     # A layer that was never used has a weight of G, and no G.
-    if not isinstance(entry, Mapping) or found not in _AVERAGES:
+    if not isinstance(entry, Mapping) or found not in [known | counts if known else known for known in _AVERAGES]:
         raise StateError(
-            f"layer '{name}': its average has {sorted(map(str, found))}, expected A, A_weight, G and G_weight"
+            f"layer '{name}': its average has {sorted(map(str, found))}, expected "
+            f"{', '.join(sorted(_AVERAGES[-1] | counts))}"
         )
     return entry
 
@@ -213,8 +217,8 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
     With ``slots`` G is that of sums and averages, which has a slot for each head.
     """
     heads = () if slots is None else (len(slots),)
-    device, dtype = layer.weight.device, statistic_dtype(layer.weight.dtype)
-    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
+    device, dtype = layer.like.device, statistic_dtype(layer.like.dtype)
+    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim) if slots is None else layer.sum_shapes
     shapes = {
         "A": of_A,
         "G": (*heads, *of_G),
@@ -224,6 +228,8 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
         "A_weight": (),
         "G_weight": heads,
         "A_count": (),
+        "draws": (),
+        "draws_squared": (),
     }
     placed = {}
     for key, tensor in tensors.items():
@@ -233,6 +239,7 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
                 f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}: load it into the "
                 f"model that was saved, with the same rules, max_factor_dim among them"
             )
-        kind = tensor.dtype if key == "A_count" else count_dtype(device) if key.endswith("_weight") else dtype
+        counts = key.endswith("_weight") or key in _COUNTS
+        kind = tensor.dtype if key == "A_count" else count_dtype(device) if counts else dtype
         placed[key] = torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor)
     return placed

@@ -90,9 +90,10 @@ class LayerSums:
     """One layer's sums over some data.
 
     Args:
-        A: sum of a a^T over valid positions, [..., d_in, d_in].
-        A_count: number of terms of that sum, 0-d.
-        G: sum of g g^T of each slot, averaged over label draws, [slots, ..., d_out, d_out].
+        A: sum of a a^T over valid positions, [..., d_in, d_in]; zero, 0-d, in the universal form.
+        A_count: number of terms of that sum, 0-d; of backwards in the universal form.
+        G: sum of g g^T of each slot, averaged over label draws, [slots, ..., d_out, d_out]; in the universal form both
+            of its moments, flat, [slots, entries].
     """
 
     A: Tensor
@@ -200,10 +201,17 @@ class MovingAverage:
     Args:
         names: the layers.
         weights: w_h of each head.
+        needed: for layers whose factors a single capture leaves too uncertain, the effective number of captures,
+            (sum w)^2 / sum w^2 over the weights w of those that a layer took part in, that it counts as used from.
     """
 
-    def __init__(self, names: Iterable[str], weights: tuple[float, ...] = (1.0,)) -> None:
+    def __init__(
+        self, names: Iterable[str], weights: tuple[float, ...] = (1.0,), needed: Mapping[str, int] | None = None
+    ) -> None:
         self.weights = weights
+        self.needed = dict(needed or {})
+        self.draws: dict[str, Tensor] = {}
+        self.draws_squared: dict[str, Tensor] = {}
         self.A: dict[str, Tensor] = {}
         self.G: dict[str, Tensor] = {}
         self.A_weight: dict[str, Tensor] = {}
@@ -214,6 +222,7 @@ class MovingAverage:
         usable = statistics.finite & (statistics.divisor > 0)
         for name, weight in self.G_weight.items():
             sums = statistics.layers.get(name)
+            used = torch.zeros_like(statistics.finite)
             if sums is not None:
                 used = usable.any().to(sums.A.device) & (sums.A_count > 0)
                 before = self._like(self.A, name, sums.A), self._weight(self.A_weight.get(name), sums.A_count)
@@ -229,6 +238,14 @@ class MovingAverage:
             average, self.G_weight[name] = _blended(before, gradient / M, usable.to(gradient.device), decay)
             if gradient.ndim:
                 self.G[name] = average
+            if name in self.needed:
+                self._count(name, used, usable.any(), decay)
+
+    def _count(self, name: str, used: Tensor, taken: Tensor, decay: float) -> None:
+        """Add one capture to the sums of weights and of their squares."""
+        for store, rate in ((self.draws, decay), (self.draws_squared, decay * decay)):
+            before = self._weight(store.get(name), used)
+            store[name] = torch.where(taken.to(used.device), before * rate + used, before)
 
     @staticmethod
     def _like(store: dict[str, Tensor], name: str, new: Tensor) -> Tensor:
@@ -248,18 +265,17 @@ class MovingAverage:
         scales = {head: weight / M for head, (weight, M) in enumerate(zip(self.weights, _whole(G_weight), strict=True))}
         return self.A[name] / _whole(self.A_weight[name]).to(self.A[name].dtype), combined(self.G[name], scales)
 
-    def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> MovingAverage:
+    def restricted(
+        self, names: Iterable[str], *, without: Iterable[str], needed: Mapping[str, int] | None = None
+    ) -> MovingAverage:
         """The same averages for these layers, starting anew for those in ``without`` and for new ones."""
-        fresh = MovingAverage(names, self.weights)
+        fresh = MovingAverage(names, self.weights, needed)
         for name in fresh.G_weight.keys() - set(without):
-            fresh.G_weight[name] = self.G_weight.get(name)
-            for mine, theirs in ((fresh.A, self.A), (fresh.G, self.G), (fresh.A_weight, self.A_weight)):
-                if name in theirs:
-                    mine[name] = theirs[name]
+            fresh.load_layer(name, self.layer_state(name))
         return fresh
 
     def layer_state(self, name: str) -> dict[str, Tensor]:
-        """What is stored of a layer: any of A, A_weight, G, G_weight."""
+        """What is stored of a layer: any of A, A_weight, G, G_weight, draws, draws_squared."""
         return {key: tensor for key, store in self._stores().items() if (tensor := store.get(name)) is not None}
 
     def load_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -269,18 +285,33 @@ class MovingAverage:
             stores[key][name] = tensor
 
     def _stores(self) -> dict[str, dict[str, Any]]:
-        return {"A": self.A, "A_weight": self.A_weight, "G": self.G, "G_weight": self.G_weight}
+        return {
+            "A": self.A,
+            "A_weight": self.A_weight,
+            "G": self.G,
+            "G_weight": self.G_weight,
+            "draws": self.draws,
+            "draws_squared": self.draws_squared,
+        }
 
     def unused(self) -> set[str]:
-        """The layers that never had a valid position, read from the device in one transfer: for a refresh, not a step.
+        """The layers that never had a valid position, or had too few captures: those without a block worth inverting.
 
-        There are such where another rank's model has a layer that none has used, and where batches were empty.
+        Read from the device in one transfer: for a refresh, not a step. There are such where another rank's model has a
+        layer that none has used, where batches were empty, and in the universal form to begin with.
         """
-        weights = list(self.A_weight.values())
-        if not weights or any(weight.is_meta for weight in weights):
+        enough = {name: self._enough(name, weight) for name, weight in self.A_weight.items()}
+        if not enough or any(flag.is_meta for flag in enough.values()):
             return set()
-        used = torch.stack([weight.to(weights[0].device) for weight in weights]).tolist()
-        return {name for name, weight in zip(self.A_weight, used, strict=True) if weight == 0}
+        first = next(iter(enough.values())).device
+        flags = torch.stack([flag.to(first) for flag in enough.values()]).tolist()
+        return {name for name, flag in zip(enough, flags, strict=True) if not flag}
+
+    def _enough(self, name: str, weight: Tensor) -> Tensor:
+        """0-d bool: whether as many captures came in as the layer needs."""
+        if name not in self.needed:
+            return weight > 0
+        return self.draws[name].square() >= self.needed[name] * _whole(self.draws_squared[name])
 
     @property
     def ready(self) -> list[str]:

@@ -43,8 +43,12 @@ def test_every_trainable_parameter_has_one_row():
     assert len(kc.coverage(model).rows) == len(trainable)
 
 
-def test_what_is_covered():
-    covered = {path for path, row in rows(Zoo()).items() if row.covered}
+def test_everything_is_covered():
+    assert kc.coverage(Zoo()).share == 1.0
+
+
+def test_what_has_a_kronecker_form():
+    covered = {path for path, row in rows(Zoo()).items() if row.form == "kronecker"}
     assert covered == {
         "linear.weight",
         "linear.bias",
@@ -67,17 +71,17 @@ def test_what_is_covered():
         ("weight_norm.bias", "ParametrizedLinear", "parametrization"),
     ],
 )
-def test_what_is_not_covered_says_why(path, kind, reason):
+def test_what_is_in_the_universal_form_says_why(path, kind, reason):
     row = rows(Zoo())[path]
-    assert (row.covered, row.kind) == (False, kind)
+    assert (row.form, row.covered, row.kind) == ("universal", True, kind)
+    assert row.reason.startswith("universal form, from 10 effective draws on in training: ")
     assert reason in row.reason
-    assert row.remedy
 
 
 def test_shares_and_counts_add_up():
-    table = kc.coverage(Zoo())
+    table = kc.coverage(Zoo(), rules={"slope": {"exclude": True}, "raw": {"exclude": True}})
     assert table.parameters == sum(p.numel() for p in Zoo().parameters() if p.requires_grad)
-    assert table.covered == 12 + 4 + 36 + 4 + 8 + 4
+    assert table.covered == table.parameters - 1 - 7
     assert table.share == table.covered / table.parameters
 
 
@@ -105,13 +109,13 @@ def test_the_text_has_a_line_for_every_row_and_the_share():
     lines = str(table).splitlines()
     assert len(lines) == len(table.rows) + 3
     assert lines[0].split() == ["parameter", "kind", "numbers", "covered", "reason", "remedy"]
-    assert lines[-1] == f"68 of {table.parameters} trainable numbers are covered: {100 * table.share:.2f} %"
+    assert lines[-1] == f"{table.parameters} of {table.parameters} trainable numbers are covered: 100.00 %"
 
 
 def test_the_dictionary_is_json():
     table = json.loads(json.dumps(kc.coverage(Zoo()).to_dict()))
     assert table["rows"][0]["path"] == "raw"
-    assert table["covered"] == 68
+    assert table["covered"] == table["parameters"]
 
 
 def test_the_data_frame_has_the_same_rows():
@@ -119,7 +123,7 @@ def test_the_data_frame_has_the_same_rows():
     table = kc.coverage(Zoo())
     frame = table.to_pandas()
     assert frame["parameters"].sum() == table.parameters
-    assert list(frame.columns) == ["path", "kind", "parameters", "covered", "reason", "remedy"]
+    assert list(frame.columns) == ["path", "kind", "parameters", "covered", "reason", "remedy", "form"]
 
 
 def test_nothing_is_left_on_the_model():
@@ -187,5 +191,8 @@ def test_a_forward_that_was_replaced_after_wrapping_is_in_the_table():
     kfac = kc.KFAC(model, "categorical")
     model[0].forward = lambda x: x
     found = {row.path: row for row in kfac.coverage().rows}
-    assert not found["0.weight"].covered
-    assert "replaced on this instance" in found["0.weight"].reason
+    assert (found["0.weight"].covered, found["0.weight"].form) == (False, "none")
+    assert (found["0.weight"].reason, found["0.weight"].remedy) == (
+        "its layer changed since it was wrapped",
+        "kfac.refresh()",
+    )

@@ -91,6 +91,44 @@ def diagonal_step(*shards: slice) -> kc.KFAC:
     return kfac
 
 
+class Raw(nn.Module):
+    """Nothing but raw parameters, one of which a rank of the two does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.scale, self.weight, self.late = (nn.Parameter(torch.randn(*size)) for size in ((4,), (3, 4), (3, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh((x * self.scale) @ self.weight.T)
+        return h @ self.late if len(x) == 3 else h
+
+
+def universal_step(*shards: slice) -> kc.KFAC:
+    model = Raw()
+    kfac = kc.KFAC(model, "categorical", schedule=kc.Schedule(factors=1, inverses=1))
+    for rows in shards:
+        x, y, drawn = (part[rows] for part in batches())
+        outputs = model(x)
+        kfac.update(outputs, draws=drawn)
+        nn.functional.cross_entropy(outputs, y).backward()
+    kfac.precondition()
+    return kfac
+
+
+def gradients_under_ddp(rank: int, *, captured: bool) -> list[Tensor]:
+    """Of raw parameters, averaged over the ranks, with and without a capture before the backward."""
+    model = Raw()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    kfac = kc.KFAC(wrapped, "categorical", schedule=kc.Schedule(factors=1, inverses=1))
+    x, y, drawn = (part[SHARDS[rank]] for part in batches())
+    outputs = wrapped(x)
+    if captured:
+        kfac.update(outputs, draws=drawn)
+    nn.functional.cross_entropy(outputs, y).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
 def factors(kfac: kc.KFAC) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (block.A, block.G) for name, block in kfac.fisher().items()}
 
@@ -134,6 +172,8 @@ def worker(rank: int, folder: str) -> None:
         poisoned[0].weight.data[0, 0] = torch.nan
     found["poisoned"] = factors(one_step(poisoned, kc.Categorical(), SHARDS[rank]))
     found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
+    found["universal"] = factors(universal_step(SHARDS[rank]))
+    found["ddp"] = {str(captured): gradients_under_ddp(rank, captured=captured) for captured in (True, False)}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
     found["uniform"] = torch.rand(4, generator=generator)
@@ -188,6 +228,20 @@ def test_sides_that_are_diagonals_add_up_also_where_a_rank_does_not_use_them(res
     block = diagonal_step(*SHARDS).fisher()[layer]
     assert block.diagonal_sides == {"first": ("A",), "second": ("A", "G")}[layer]
     assert_same(results[rank]["diagonal"][layer][side], (block.A, block.G)[side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("layer", ["scale", "weight", "late"])
+@pytest.mark.parametrize("side", [0, 1], ids=["A", "G"])
+def test_ranks_add_the_squares_of_their_own_gradients(results, side, layer, rank):
+    """As micro-batches of one process do; a square of the sum over ranks would be another matrix."""
+    assert_same(results[rank]["universal"][layer][side], factors(universal_step(*SHARDS))[layer][side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_what_ddp_reduces_is_the_same_with_a_capture(results, rank):
+    found, plain = (results[rank]["ddp"][key] for key in ("True", "False"))
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
 
 
 def test_static_graph_keeps_ranks_equal(results):

@@ -278,7 +278,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_names():
 
 def test_a_model_without_a_covered_layer_is_refused():
     with pytest.raises(kc.CoverageError, match=r"kc\.coverage"):
-        kc.estimate(nn.PReLU(), [torch.randn(2, 3)], "categorical")
+        kc.estimate(nn.ReLU(), [torch.randn(2, 3)], "categorical")
 
 
 def test_a_criterion_alone_with_three_dimensions_is_refused_with_both_spellings():

@@ -42,31 +42,31 @@ def test_a_missing_gradient_is_left_out(layer, name):
 
 
 def test_no_gradient_at_all_is_empty(layer):
-    layer.weight.grad = layer.bias.grad = None
+    layer.parameters["0.weight"].grad = layer.parameters["0.bias"].grad = None
     assert gradients_of(layer) == {}
 
 
 def test_a_sparse_gradient_is_refused_by_name(layer):
-    layer.weight.grad = layer.weight.grad.to_sparse()
+    layer.parameters["0.weight"].grad = layer.parameters["0.weight"].grad.to_sparse()
     with pytest.raises(kc.ArgumentError, match=r"gradient of '0\.weight'.*sparse.*exclude=True"):
         gradients_of(layer)
 
 
 def test_a_changed_layer_is_refused_by_name(layer):
-    layer.bias.requires_grad_(False)
+    layer.parameters["0.bias"].requires_grad_(False)
     with pytest.raises(kc.ModelChangedError, match="layer '0'"):
         gradients_of(layer)
 
 
 def test_an_update_is_the_inverse_times_the_matrix(layer, inverse):
     update = layer_update(layer, gradients_of(layer), inverse, {})
-    matrix = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+    matrix = torch.cat([layer.parameters["0.weight"].grad, layer.parameters["0.bias"].grad[:, None]], 1)
     assert_same(update.gradient, matrix)
     assert_same(update.update, inverse.G @ matrix @ inverse.A)
 
 
 def test_a_missing_gradient_counts_as_zero(layer, inverse):
-    layer.bias.grad = None
+    layer.parameters["0.bias"].grad = None
     update = layer_update(layer, gradients_of(layer), inverse, {})
     assert torch.equal(update.gradient[:, -1], torch.zeros(2))
 
@@ -101,16 +101,16 @@ def test_what_is_written_is_the_update(layer, inverse, scale):
     updates = {"0": layer_update(layer, gradients["0"], inverse, {})}
     write({"0": layer}, gradients, updates, None if scale is None else torch.tensor(scale))
     expected = updates["0"].update * (scale or 1.0)
-    assert_same(torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1), expected)
+    assert_same(torch.cat([layer.parameters["0.weight"].grad, layer.parameters["0.bias"].grad[:, None]], 1), expected)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch wants gradients of the weight's dtype")
 def test_writing_keeps_the_gradient_s_tensor_and_dtype(layer, inverse):
-    layer.weight.grad_dtype = None
-    gradient = layer.weight.grad = layer.weight.grad.to(torch.bfloat16)
+    layer.parameters["0.weight"].grad_dtype = None
+    gradient = layer.parameters["0.weight"].grad = layer.parameters["0.weight"].grad.to(torch.bfloat16)
     gradients = {"0": gradients_of(layer)}
     write({"0": layer}, gradients, {"0": layer_update(layer, gradients["0"], inverse, {})}, None)
-    assert layer.weight.grad is gradient
+    assert layer.parameters["0.weight"].grad is gradient
     assert gradient.dtype == torch.bfloat16
 
 

@@ -297,9 +297,9 @@ def test_zero_gradients_stay_zero():
     assert torch.equal(model[0].weight.grad, torch.zeros(4, 3))
 
 
-def test_uncovered_parameters_keep_their_gradient():
+def test_excluded_parameters_keep_their_gradient():
     model, (inputs, labels) = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), batches(1)[0]
-    kfac = kc.KFAC(model, "categorical")
+    kfac = kc.KFAC(model, "categorical", rules={"1": {"exclude": True}})
     plain = backward_of(kfac, model, inputs, labels)
     kfac.precondition()
     assert torch.equal(model[1].weight.grad, plain["1.weight"])

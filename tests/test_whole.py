@@ -20,7 +20,7 @@ WORDS = ["implicit", "low_rank"]
 
 
 class Normed(nn.Module):
-    """Parameters in no layer: a norm, and a number by itself."""
+    """A norm, and a number by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_all_parameters_are_in_it_in_a_layer_or_not():
         ({"rules": {"norm": {"exclude": True}}}, ["scale", "first.weight", "first.bias", "last.weight", "last.bias"]),
         (
             {"rules": {"first": {"exclude": True}}, "layers": "*"},
-            ["norm.weight", "norm.bias", "last.weight", "last.bias"],
+            ["scale", "norm.weight", "norm.bias", "last.weight", "last.bias"],
         ),
     ],
 )
@@ -203,11 +203,10 @@ def test_chosen_parameters(word, options, names):
             assert_same(product, (whole @ v)[name])
 
 
-def test_parameters_that_nothing_covers_are_enough():
-    fisher = kc.estimate(nn.PReLU(3), [torch.randn(4, 3)], "categorical", structure="implicit")
-    assert fisher.shape == (3, 3)
-    with pytest.raises(kc.CoverageError, match="no layer that can be covered"):
-        kc.estimate(nn.PReLU(3), [torch.randn(4, 3)], "categorical", structure=["implicit", "kfac"])
+def test_parameters_without_a_form_of_their_own_are_enough():
+    words = ["implicit", "dense"]
+    implicit, dense = kc.estimate(nn.PReLU(3), [torch.randn(4, 3)], "categorical", structure=words, kind="exact")
+    assert_same(implicit.to_dense(), dense.to_dense())
 
 
 def test_nothing_left_is_refused():

@@ -147,7 +147,7 @@ def test_remove_and_detach_leave_no_hook(attribute, take_off):
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(nn.PReLU(), "weight: no Kronecker form"), (nn.ReLU(), "no trainable parameter")],
+    [(nn.LazyLinear(3), "weight: a lazy module"), (nn.ReLU(), "no trainable parameter")],
     ids=["uncovered", "empty"],
 )
 def test_a_model_without_a_covered_layer_is_refused(model, reason):

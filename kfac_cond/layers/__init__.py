@@ -9,6 +9,7 @@ from .convolution import ConvolutionKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
+from .universal import UniversalKind
 
 #: The kinds with a Kronecker form, in the order in which they are asked.
 KINDS: tuple[LayerKind, ...] = (
@@ -21,6 +22,9 @@ KINDS: tuple[LayerKind, ...] = (
     InstanceNormKind(),
     BatchNormKind(),
 )
+
+#: The form of whatever no kind takes.
+UNIVERSAL = UniversalKind()
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -35,6 +39,7 @@ def overridden(module: nn.Module) -> type[nn.Module] | None:
 
 __all__ = [
     "KINDS",
+    "UNIVERSAL",
     "BatchNormKind",
     "ConvolutionKind",
     "GroupNormKind",
@@ -44,6 +49,7 @@ __all__ = [
     "LinearKind",
     "RMSNormKind",
     "TransposedLinearKind",
+    "UniversalKind",
     "WeightLayout",
     "kind_of",
     "overridden",

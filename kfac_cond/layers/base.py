@@ -24,6 +24,8 @@ class LayerKind(ABC):
 
     name: ClassVar[str]
     modules: ClassVar[tuple[type[nn.Module], ...]]
+    #: Effective label draws before a layer is preconditioned in training.
+    draws_needed: ClassVar[int] = 1
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` computes just what this kind's own module computes."""
@@ -48,3 +50,11 @@ class LayerKind(ABC):
     @abstractmethod
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """A gradient of the module's output as [batch, positions, d_out], or [groups, batch, positions, d_out]."""
+
+    def sum_shapes(self, layout: WeightLayout, max_factor_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what is summed for A and, in each slot, for G."""
+        return layout.side_shapes(max_factor_dim)
+
+    def factors(self, A: Tensor, G: Tensor, layout: WeightLayout, max_factor_dim: int) -> tuple[Tensor, Tensor]:
+        """(A, G) of the block from what was summed for them, each divided by what it is a mean over."""
+        return A, G

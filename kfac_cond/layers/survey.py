@@ -1,55 +1,39 @@
-"""What a model is made of: the layers with an (a, g) form, and every other trainable parameter with the reason."""
+"""What a model is made of: layers with an (a, g) form, other parameters by themselves, and what is left out and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked_rules, is_damping, is_size
-from ..errors import ArgumentError, ModelChangedError
+from ..checks import checked_rules
+from ..errors import ModelChangedError
 from ..linalg.moments import second_moment, second_moment_diagonal
-from . import kind_of, overridden
+from . import UNIVERSAL, kind_of, overridden
 from .base import LayerKind
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .naming import join, named_modules
+from .rules import PLAIN, LayerRule, Sharing, settings_of_rules
 from .sharing import Moment
+from .universal import MIN_DRAWS, universal_layout
 
-Sharing = Literal["expand", "reduce"]
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """What may be said of the layers that a pattern names; None leaves the default.
-
-    Args:
-        structure: name of the block's storage; training takes 'kfac', ``estimate`` others as well.
-        sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
-        damping: this layer's damping in place of the preconditioner's.
-        exclude: leave the layer's gradient as it is.
-        max_factor_dim: size of the largest side that is kept whole; a larger one is kept as its diagonal.
-    """
-
-    structure: str | None = None
-    sharing: Sharing | None = None
-    damping: float | None = None
-    exclude: bool = False
-    max_factor_dim: int | None = None
+Form = Literal["kronecker", "universal", "none"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with an (a, g) form: a name, where it is, and how its parameters form a matrix.
+    """A layer: a name, where it and its parameters are, and how they form a matrix.
 
     Args:
-        name: canonical name of the first module that holds the weight.
+        name: canonical name of the first module that holds the weight; in the universal form that of the parameter.
         kind: how inputs and output gradients become [batch, positions, features].
-        modules: the modules that apply the weight; their uses count as positions of one layer.
+        modules: the modules that apply the weight; their uses count as positions of one layer. None of them in the
+            universal form, which is known by the gradient of its parameter.
         layout: the layer's matrix.
+        places: where each of its parameters is, frozen ones as well: by canonical name a module and an attribute of it.
         rule: the settings that hold for it.
     """
 
@@ -57,7 +41,8 @@ class Layer:
     kind: LayerKind
     modules: tuple[nn.Module, ...]
     layout: WeightLayout
-    rule: LayerRule = LayerRule()
+    places: Mapping[str, tuple[nn.Module, str]]
+    rule: LayerRule = PLAIN
 
     @property
     def sharing(self) -> Sharing:
@@ -86,37 +71,66 @@ class Layer:
         return second_moment_diagonal if "G" in self.diagonal_sides else second_moment
 
     @property
+    def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what is summed for A and, in each slot, for G."""
+        return self.kind.sum_shapes(self.layout, self.max_factor_dim)
+
+    def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
+        return self.kind.factors(A, G, self.layout, self.max_factor_dim)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by canonical name, weight first."""
-        found = {self.layout.weight: self.weight, self.layout.bias: self.bias}
-        return {name: parameter for name, parameter in found.items() if name is not None and parameter is not None}
+        held = self._held
+        return {name: parameter for name in self.layout.names if (parameter := held.get(name)) is not None}
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The weight, frozen or not."""
-        return cast(nn.Parameter, self.modules[0].weight)
+    def like(self) -> Tensor:
+        """One of its parameters, frozen or not, for where it is and its dtype."""
+        return next(iter(self._held.values()))
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, frozen or not, or None."""
-        return cast("nn.Parameter | None", getattr(self.modules[0], "bias", None))
+    def _held(self) -> dict[str, nn.Parameter]:
+        """The parameters there are now, frozen or not."""
+        found = {name: getattr(module, attribute, None) for name, (module, attribute) in self.places.items()}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def check_unchanged(self) -> None:
-        """Raise ModelChangedError where the layer's shape or what is frozen differs from when it was wrapped."""
-        weight, bias = self.weight, self.bias
-        now = (tuple(weight.shape), weight.requires_grad, bias is not None and bias.requires_grad)
-        then = (self.layout.weight_shape, self.layout.weight is not None, self.layout.bias is not None)
-        if now != then:
+        """Raise ModelChangedError where a shape or what is frozen differs from when it was wrapped."""
+        now = {name: tuple(held.shape) for name, held in self._held.items() if held.requires_grad}
+        if now != self.layout.shapes:
             raise ModelChangedError(
-                f"layer '{self.name}' is no longer what was wrapped: found (shape, weight trainable, bias trainable) = "
-                f"{now}, expected {then}. Call kfac.refresh() after changing or freezing layers; it keeps what still "
+                f"layer '{self.name}' is no longer what was wrapped: found the trainable parameters {now}, expected "
+                f"{self.layout.shapes}. Call kfac.refresh() after changing or freezing layers; it keeps what still "
                 f"fits."
             )
 
 
+def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
+    """The layers that need more than one draw of labels before they are preconditioned, with how many."""
+    return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
+
+
+def waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:
+    """A line on the layers that need several draws, where there are any, and how many of them are ready."""
+    needed = draws_needed(layers)
+    if not needed:
+        return []
+    number = sum(name in ready for name in needed)
+    return [
+        f"{len(needed)} parameters in the universal form, {number} of them preconditioned: each has its plain gradient "
+        f"until {max(needed.values())} effective draws are in"
+    ]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One trainable parameter of a coverage table; one that is covered has a reason where a side is a diagonal."""
+    """One trainable parameter of a coverage table.
+
+    ``form`` says by what it is covered: its layer's own 'kronecker' form, the 'universal' one, or 'none'. One that is
+    covered has a reason where the form is universal, or a side a diagonal.
+    """
 
     path: str
     kind: str
@@ -124,6 +138,7 @@ class Row:
     covered: bool
     reason: str = ""
     remedy: str = ""
+    form: Form = "none"
 
 
 @dataclass(frozen=True)
@@ -148,45 +163,70 @@ _OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
 
 
 def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None) -> Survey:
-    """Find the layers of ``model`` and say of every trainable parameter whether a layer covers it.
+    """Find the layers of ``model`` and say of every trainable parameter what covers it.
 
     Args:
         model: any module, wrapped (DDP, compiled, checkpointed) or not.
-        rules: settings by pattern (``fnmatch`` on module names); the later of two matching patterns wins, key by key.
+        rules: settings by pattern (``fnmatch`` on module names, and on the full names of parameters in the universal
+            form); the later of two matching patterns wins, key by key.
 
     Raises:
         ArgumentError: a pattern that matches nothing, or an unknown setting.
     """
     modules = list(named_modules(model))
     uses = _uses(modules)
-    settings = _settings(checked_rules(rules), [use.owner for of_one in uses.values() for use in of_one[1]])
-    layers: dict[str, Layer] = {}
+    found, why = _with_a_form(modules, uses)
+    layer_of = {id(p): layer for layer in found for p in layer.parameters.values()}
     refused: dict[int, tuple[str, str]] = {}
+    for key, (parameter, places) in uses.items():
+        if not parameter.requires_grad or key in layer_of:
+            continue
+        why.setdefault(key, _without_form(places[0].module, parameter))
+        if refusal := _refusal(parameter, places):
+            refused[key] = refusal
+        else:
+            layer_of[key] = _universal(places[0], parameter)
+    settings = settings_of_rules(checked_rules(rules), _names(uses, layer_of))
+    layers: dict[str, Layer] = {}
+    excluded: set[str] = set()
+    for key, (_, places) in uses.items():
+        layer = layer_of.get(key)
+        named = _owners(places) if layer is None else (layer.name, *_owners(places))
+        if any(settings[name].exclude for name in named):
+            refused[key] = "excluded by a rule", "remove the rule to cover it"
+            excluded.add(join(places[0].owner, places[0].attribute))
+        elif layer is not None:
+            layers.setdefault(layer.name, _ruled(layer, settings[layer.name]))
+    rows = tuple(
+        _left_out(parameter, places, *refused[key])
+        if key in refused
+        else _row(parameter, places, layers[layer_of[key].name], why.get(key, ("", "")))
+        for key, (parameter, places) in uses.items()
+        if parameter.requires_grad
+    )
+    return Survey(layers, rows, frozenset(excluded))
+
+
+def _with_a_form(
+    modules: list[tuple[str, nn.Module]], uses: dict[int, tuple[nn.Parameter, list[_Use]]]
+) -> tuple[list[Layer], dict[int, tuple[str, str]]]:
+    """The layers with an (a, g) form; by parameter why a module of a kind is none, with the remedy."""
+    layers: list[Layer] = []
+    why: dict[int, tuple[str, str]] = {}
     taken: set[int] = set()
     for name, module in modules:
         kind = kind_of(module)
         if kind is None or id(module) in taken:
             continue
         taken.add(id(module))
-        found = _layer(name, module, kind, uses, settings)
+        found = _layer(name, module, kind, uses)
         if isinstance(found, Layer):
-            layers[found.name] = found
+            layers.append(found)
             taken.update(id(sharer) for sharer in found.modules)
         else:
             for parameter in module._parameters.values():
-                refused.setdefault(id(parameter), found)
-    covered = {id(p): layer for layer in layers.values() for p in layer.parameters.values()}
-    rows = tuple(
-        _row(parameter, places, covered.get(key), refused.get(key))
-        for key, (parameter, places) in uses.items()
-        if parameter.requires_grad
-    )
-    excluded = {
-        join(places[0].owner, places[0].attribute)
-        for _, places in uses.values()
-        if any(settings[place.owner].exclude for place in places)
-    }
-    return Survey(layers, rows, frozenset(excluded))
+                why.setdefault(id(parameter), found)
+    return layers, why
 
 
 def _uses(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
@@ -203,37 +243,23 @@ def _uses(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Parameter,
     return uses
 
 
-def _settings(rules: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, LayerRule]:
-    known = {field.name for field in fields(LayerRule)}
-    settings = {name: LayerRule() for name in names}
-    for pattern, rule in rules.items():
-        matched = [name for name in settings if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ArgumentError(
-                f"rules: the pattern '{pattern}' matches no module with parameters. The modules are: "
-                f"{', '.join(sorted(settings)[:20])}{' ...' if len(settings) > 20 else ''}"
-            )
-        unknown = sorted(set(rule) - known)
-        if unknown:
-            raise ArgumentError(f"rules['{pattern}']: unknown setting {unknown}; known are {sorted(known)}")
-        _check_values(pattern, rule)
-        settings.update({name: replace(settings[name], **rule) for name in matched})
-    return settings
+def _owners(places: list[_Use]) -> list[str]:
+    """The modules that hold a parameter."""
+    return [use.owner for use in places]
 
 
-def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
-    """Refuse a value that a setting of a rule cannot have."""
-    fits: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "sharing": (lambda value: value in (None, "expand", "reduce"), "'expand' or 'reduce'"),
-        "damping": (lambda value: value is None or is_damping(value), "a finite number >= 0"),
-        "structure": (lambda value: value is None or isinstance(value, str), "the name of a structure"),
-        "exclude": (lambda value: isinstance(value, bool), "True or False"),
-        "max_factor_dim": (lambda value: value is None or is_size(value), "a whole number >= 1"),
-    }
-    for key, value in rule.items():
-        allowed, expected = fits[key]
-        if not allowed(value):
-            raise ArgumentError(f"rules['{pattern}']: {key}={value!r}, expected {expected}")
+def _names(
+    uses: Mapping[int, tuple[nn.Parameter, list[_Use]]], layer_of: Mapping[int, Layer]
+) -> dict[str, tuple[str, ...]]:
+    """What settings are kept for, and the names by which a pattern reaches it.
+
+    A module that holds parameters has its own name; a parameter in the universal form its own and its modules'.
+    """
+    names: dict[str, tuple[str, ...]] = {owner: (owner,) for _, places in uses.values() for owner in _owners(places)}
+    for key, layer in layer_of.items():
+        if not layer.modules:
+            names[layer.name] = (layer.name, *_owners(uses[key][1]))
+    return names
 
 
 def _layer(
@@ -241,7 +267,6 @@ def _layer(
     module: nn.Module,
     kind: LayerKind,
     uses: dict[int, tuple[nn.Parameter, list[_Use]]],
-    settings: dict[str, LayerRule],
 ) -> Layer | tuple[str, str]:
     """The layer at ``module``, or (reason, remedy) where it cannot be one."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -251,9 +276,7 @@ def _layer(
             "torch.nn.utils.parametrize.remove_parametrizations, where it is not needed",
         )
     sharers = uses[id(weight)][1]
-    if any(settings[use.owner].exclude for use in sharers):
-        return "excluded by a rule", "remove the rule to cover it"
-    if refusal := _refusal(weight):
+    if refusal := _refusal(weight, sharers):
         return refusal
     for use in sharers:
         if (
@@ -277,7 +300,23 @@ def _layer(
         weight=join(name, "weight") if trains_weight else None,
         bias=join(name, "bias") if trains_bias else None,
     )
-    return Layer(name, kind, tuple(use.module for use in sharers), layout, settings[name])
+    places = {join(name, attribute): (module, attribute) for attribute in ("weight", "bias")}
+    return Layer(name, kind, tuple(use.module for use in sharers), layout, places)
+
+
+def _universal(place: _Use, parameter: nn.Parameter) -> Layer:
+    """A parameter by itself."""
+    name = join(place.owner, place.attribute)
+    layout = universal_layout(name, tuple(parameter.shape))
+    return Layer(name, UNIVERSAL, (), layout, {name: (place.module, place.attribute)})
+
+
+def _ruled(layer: Layer, rule: LayerRule) -> Layer:
+    """The layer with its settings."""
+    if not layer.modules and layer.layout.d_in == 1:
+        # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.
+        rule = replace(rule, max_factor_dim=1)
+    return replace(layer, rule=rule)
 
 
 def _pair(name: str, attribute: str, use: _Use) -> str:
@@ -285,8 +324,8 @@ def _pair(name: str, attribute: str, use: _Use) -> str:
     return f"'{join(name, attribute)}' and '{join(use.owner, use.attribute)}'"
 
 
-def _refusal(weight: Tensor) -> tuple[str, str] | None:
-    """Why a weight of this storage cannot be covered, with the remedy."""
+def _refusal(weight: Tensor, places: list[_Use]) -> tuple[str, str] | None:
+    """Why a parameter of this storage cannot be covered, with the remedy."""
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "a lazy module that is not initialised yet", "run one forward before wrapping the model"
     if weight.layout is not torch.strided:
@@ -295,23 +334,35 @@ def _refusal(weight: Tensor) -> tuple[str, str] | None:
         return f"its weight is {weight.dtype}", "use a real floating-point weight"
     if hasattr(weight, "full_tensor"):
         return "its weight is a sharded DTensor", "wrap the model before sharding it, or train it with DDP"
+    if not weight.numel():
+        return "it has no entries", ""
+    if any(getattr(use.module, "sparse", False) is True for use in places):
+        return "its gradient is sparse", "sparse=False"
     return None
 
 
-def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer | None, refused: tuple[str, str] | None) -> Row:
-    first = places[0]
-    path = join(first.owner, first.attribute)
+def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer, why: tuple[str, str]) -> Row:
+    """The row of a parameter that is covered; ``why`` says (reason, remedy) where its form is universal."""
+    path = join(places[0].owner, places[0].attribute)
+    reason, remedy = _as_diagonals(layer)
+    if layer.modules:
+        return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
+    said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
+    reason, remedy = "; ".join(filter(None, (said, reason))), "; ".join(filter(None, (why[1], remedy)))
+    return Row(path, type(places[0].module).__name__, parameter.numel(), True, reason, remedy, "universal")
+
+
+def _left_out(parameter: nn.Parameter, places: list[_Use], reason: str, remedy: str) -> Row:
+    """The row of a parameter that is not covered."""
     size = 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
-    if layer is not None:
-        return Row(path, layer.kind.name, size, True, *_as_diagonals(layer))
-    reason, remedy = refused or _without_form(first.module, parameter)
-    return Row(path, type(first.module).__name__, size, False, reason, remedy)
+    path = join(places[0].owner, places[0].attribute)
+    return Row(path, type(places[0].module).__name__, size, False, reason, remedy)
 
 
 def _as_diagonals(layer: Layer) -> tuple[str, str]:
     """Which sides of a layer are kept as their diagonals, with the remedy; two empty texts where none is."""
     sides = layer.diagonal_sides
-    if not sides:
+    if not sides or layer.max_factor_dim == 1:
         return "", ""
     said = " and ".join(f"side {side} of {size:,}" for side, size in sides.items())
     return (
@@ -330,5 +381,5 @@ def _without_form(module: nn.Module, parameter: nn.Parameter) -> tuple[str, str]
         )
     reason = "no Kronecker form for this module type"
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.ndim < 2:
-        return reason, "none needed: a scale or a bias trains well with its plain gradient"
-    return reason, f"nn.Linear or nn.Conv modules in its place, or {_OWN_KIND}"
+        return reason, ""
+    return reason, f"for a form of its own nn.Linear or nn.Conv modules in its place, or {_OWN_KIND}"

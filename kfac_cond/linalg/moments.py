@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sides import Side
+from .sides import Side, as_side
 
 
 def symmetrise(matrix: Tensor) -> Tensor:
@@ -69,3 +69,14 @@ def trace(matrix: Side) -> Tensor:
         [...], a view's sum: no synchronisation.
     """
     return torch.sum(matrix.diagonal(dim1=-2, dim2=-1), dim=-1)
+
+
+def of_unit_trace(moment: Tensor, *, leading: int) -> Tensor:
+    """Each second moment divided by its trace; one that is zero stays so.
+
+    Args:
+        moment: [..., d, d], or the diagonal alone, [..., d].
+        leading: the number of dimensions in front of either.
+    """
+    total = trace(as_side(moment, leading=leading))
+    return moment / torch.where(total > 0, total, 1).reshape(*total.shape, *[1] * (moment.dim() - leading))

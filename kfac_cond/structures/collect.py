@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layers.layout import MAX_FACTOR_DIM, JointLayout, WeightLayout
 from ..linalg.kronecker import block_diagonal
-from ..linalg.moments import trace
+from ..linalg.moments import of_unit_trace
 from ..linalg.pairs import (
     example_rows,
     input_moment,
@@ -29,7 +29,7 @@ from ..linalg.pairs import (
     row_moments,
     squared_gradients,
 )
-from ..linalg.sides import as_side, whole
+from ..linalg.sides import whole
 from ..statistics import combined
 from .base import Block, require_dense
 from .dense import DenseBlock
@@ -219,9 +219,7 @@ class TraceRestrictedCollector(Collector):
         if not self.R:
             return None
         R, C = combined(self.R, scales), combined(self.C, scales)
-        total = trace(as_side(C, leading=len(self.layout.matrix_shape) - 2))
-        share = torch.where(total > 0, total, 1).reshape(*total.shape, *[1] * (C.dim() - total.dim()))
-        return KroneckerBlock(self.layout, C / share, R, self.name)
+        return KroneckerBlock(self.layout, of_unit_trace(C, leading=len(self.layout.matrix_shape) - 2), R, self.name)
 
 
 class KeepingCollector(Collector):
@@ -366,6 +364,14 @@ COLLECTORS: dict[str, type[Collector]] = {
 }
 
 
+def _collector_of(structure: str, layout: WeightLayout, max_factor_dim: int) -> type[Collector]:
+    """What collects a layer's block."""
+    if structure == "kpsvd" and layout.d_in == 1 and layout.d_out > max_factor_dim:
+        # Of all products of a diagonal and a number the nearest has the diagonal of F itself.
+        return TraceRestrictedCollector
+    return COLLECTORS[structure]
+
+
 class LayerByLayer:
     """One estimate with a collector for each layer.
 
@@ -384,7 +390,10 @@ class LayerByLayer:
         twice: bool = False,
         limits: Mapping[str, int],
     ) -> None:
-        self.collectors = {name: COLLECTORS[structures[name]](layout, name) for name, layout in layouts.items()}
+        self.collectors = {
+            name: _collector_of(structures[name], layout, limits[name])(layout, name)
+            for name, layout in layouts.items()
+        }
         for name, one in self.collectors.items():
             one.limit_sides(limits[name])
         self.moments = frozenset(name for name, one in self.collectors.items() if one.moments)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import ArgumentError
+from ..linalg.moments import of_unit_trace, trace
 from .base import Block
 from .kronecker import KroneckerBlock
 from .sums import sum_of
@@ -21,12 +24,14 @@ class Counts:
         terms: M, the loss's divisor, of each head; the head is '' where there is one.
         positions: for each layer, the number of positions that its A is the mean over.
         adds: whether M of two pieces of data is the sum of theirs; not for a loss that is itself a sum, where M is 1.
+        universal: the layers without positions, whose A is C / tr R: R and C are each a part of F.
     """
 
     examples: float
     terms: dict[str, float]
     positions: dict[str, float]
     adds: dict[str, bool]
+    universal: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, meta: Mapping[str, Any], layers: Mapping[str, Block]) -> Counts:
@@ -43,10 +48,11 @@ class Counts:
         counts = meta.get("counts", {})
         absent = [f"counts['{key}']" for key in ("examples", "terms", "adds") if key not in counts]
         positions = counts.get("positions", {})
+        universal = tuple(counts.get("universal", ()))
         absent += [
             f"counts['positions']['{name}']"
             for name, block in layers.items()
-            if isinstance(block, KroneckerBlock) and name not in positions
+            if isinstance(block, KroneckerBlock) and name not in positions and name not in universal
         ]
         if absent or "derived" in meta:
             why = f"it lacks {', '.join(absent)}" if absent else f"it is {meta['derived'][-1]} of an estimate"
@@ -61,6 +67,7 @@ class Counts:
             {head: float(M) for head, M in terms.items()},
             held,
             {head: bool(one) for head, one in adds.items()},
+            universal,
         )
 
     def with_others(self, other: Counts) -> Counts:
@@ -71,7 +78,8 @@ class Counts:
             head: M + other.terms[head] if self.adds[head] else max(M, other.terms[head])
             for head, M in self.terms.items()
         }
-        return Counts(self.examples + other.examples, terms, positions, self.adds)
+        universal = tuple(dict.fromkeys((*self.universal, *other.universal)))
+        return Counts(self.examples + other.examples, terms, positions, self.adds, universal)
 
     def share(self, total: Counts) -> float:
         """What these data's estimate is multiplied by in that of all: M over M of all.
@@ -120,6 +128,7 @@ def merged(
         "terms": _plain(total.terms),
         "adds": _plain(total.adds),
         "positions": total.positions,
+        **({"universal": list(total.universal)} if total.universal else {}),
     }
     samples = (my_meta.get("samples"), their_meta.get("samples"))
     meta = {**my_meta, "samples": samples[0] if samples[0] == samples[1] else samples, "counts": counts}
@@ -139,6 +148,8 @@ def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Bl
             f"merge: {mine.label} keeps {kept[0]} as diagonal in one Fisher, {kept[1]} in the other: estimate both "
             "with the same max_factor_dim"
         )
+    if mine.name in left.universal:
+        return _merged_moments(replace(mine, G=mine.G * my_share), replace(theirs, G=theirs.G * their_share))
     positions = (left.positions[mine.name], right.positions[theirs.name])
     held = sum(positions)
     return replace(
@@ -146,3 +157,14 @@ def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Bl
         A=mine.A * (positions[0] / held) + theirs.A * (positions[1] / held),
         G=mine.G * my_share + theirs.G * their_share,
     )
+
+
+def _merged_moments(mine: KroneckerBlock, theirs: KroneckerBlock) -> KroneckerBlock:
+    """R (x) C / t of both pieces of data: R and C add, each share being in R already and C = t A."""
+
+    def moment(block: KroneckerBlock) -> Tensor:
+        t = trace(block.sides[1])
+        return block.A * t.reshape(*t.shape, *[1] * (block.A.dim() - t.dim()))
+
+    C = moment(mine) + moment(theirs)
+    return replace(mine, A=of_unit_trace(C, leading=len(mine.layout.matrix_shape) - 2), G=mine.G + theirs.G)

@@ -10,8 +10,11 @@ from torch import nn
 
 import kfac_cond as kc
 from kfac_cond.layers.survey import survey
+from kfac_cond.layers.universal import universal_layout
 
 from ..helpers import classifier
+
+UNIVERSAL = "universal form, from 10 effective draws on in training: "
 
 
 def tied(*, bias: bool = True, share_bias: bool = True) -> nn.Sequential:
@@ -23,7 +26,13 @@ def tied(*, bias: bool = True, share_bias: bool = True) -> nn.Sequential:
 
 
 def reasons(model: nn.Module, **settings: Any) -> dict[str, str]:
-    return {row.path: row.reason for row in survey(model, **settings).rows if not row.covered}
+    """Why parameters have no Kronecker form, whether or not the universal one covers them."""
+    rows = [row for row in survey(model, **settings).rows if row.form != "kronecker"]
+    return {row.path: row.reason.removeprefix(UNIVERSAL) for row in rows}
+
+
+def kronecker(model: nn.Module, **settings: Any) -> list[str]:
+    return [name for name, layer in survey(model, **settings).layers.items() if layer.modules]
 
 
 def test_layers_come_in_the_order_of_the_model():
@@ -47,13 +56,13 @@ def test_a_module_held_twice_is_one_layer_with_one_module():
     assert (found.name, found.modules) == ("0", (layer,))
 
 
-def test_a_tied_weight_with_different_biases_is_not_covered():
+def test_a_tied_weight_with_different_biases_has_no_kronecker_form():
     found = reasons(tied(share_bias=False))
     assert found["0.weight"] == "'0.weight' and '1.weight' are one weight with two biases"
     assert set(found) == {"0.weight", "0.bias", "1.bias"}
 
 
-def test_a_bias_of_two_weights_is_not_covered():
+def test_a_bias_of_two_weights_has_no_kronecker_form():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].bias = model[0].bias
     assert reasons(model)["0.bias"] == "'0.bias' and '1.bias' are one bias of two weights"
@@ -69,7 +78,7 @@ def test_a_bias_of_two_weights_is_not_covered():
 )
 def test_a_weight_of_another_storage_is_named(change, reason):
     model = change()
-    assert not survey(model).layers
+    assert not kronecker(model)
     assert any(reason in text for text in reasons(model).values())
 
 
@@ -157,9 +166,9 @@ def replaced(kind: type[nn.Module] = nn.Linear) -> nn.Module:
         (replaced(Renamed), "on this instance"),
     ],
 )
-def test_a_layer_with_another_forward_is_not_covered_and_says_so(module, where):
+def test_a_layer_with_another_forward_has_no_kronecker_form_and_says_so(module, where):
     model = nn.Sequential(module, nn.Linear(4, 2))
-    assert list(survey(model).layers) == ["1"]
+    assert kronecker(model) == ["1"]
     assert reasons(model)["0.weight"] == f"Linear with its forward replaced {where}"
 
 
@@ -170,9 +179,7 @@ def test_a_subclass_with_the_same_forward_is_covered():
 @pytest.mark.parametrize(
     ("module", "path", "remedy"),
     [
-        (nn.PReLU(4), "0.weight", "none needed"),
         (nn.ConvTranspose2d(2, 3, 3), "0.weight", "nn.Conv modules in its place"),
-        (nn.ConvTranspose2d(2, 3, 3), "0.bias", "none needed"),
         (nn.LSTM(2, 3), "0.weight_ih_l0", "a LayerKind of your own"),
         (nn.MultiheadAttention(4, 2), "0.in_proj_weight", "nn.Linear"),
         (Wide(3, 4), "0.weight", "around a plain Linear"),
@@ -182,9 +189,9 @@ def test_a_subclass_with_the_same_forward_is_covered():
         (tied(share_bias=False), "0.0.weight", "tie the biases"),
     ],
 )
-def test_what_is_not_covered_says_what_to_do(module, path, remedy):
+def test_what_has_no_kronecker_form_says_what_to_do(module, path, remedy):
     row = next(row for row in survey(nn.Sequential(module)).rows if row.path == path)
-    assert not row.covered
+    assert row.form != "kronecker"
     assert remedy in row.remedy
 
 
@@ -201,3 +208,86 @@ def test_a_tied_embedding_and_its_head_are_both_named(modules, path, pair):
     model = nn.Sequential(*modules)
     model[1].weight = model[0].weight
     assert reasons(model)[path] == f"{pair} are one weight in two roles"
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.body = nn.Linear(4, 4)
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.complex = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
+def test_raw_parameters_are_layers_by_their_full_names_in_the_order_of_the_model():
+    layers = survey(nn.Sequential(Tokens(), nn.Linear(4, 2))).layers
+    assert list(layers) == ["0.token", "0.body", "1"]
+    assert (layers["0.token"].kind.name, layers["0.token"].modules) == ("universal", ())
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("complex", "torch.complex64"), ("empty", "no entries"), ("embedding.weight", "sparse")]
+)
+def test_what_cannot_be_covered_is_refused_by_name(path, reason):
+    model = Tokens()
+    model.embedding = nn.Embedding(4, 3, sparse=True)
+    row = next(row for row in survey(model).rows if row.path == path)
+    assert (row.covered, row.form) == (False, "none")
+    assert reason in row.reason
+
+
+@pytest.mark.parametrize("pattern", ["0.token", "*.token", "0"])
+def test_a_raw_parameter_is_excluded_by_its_own_name_or_its_module_s(pattern):
+    model = nn.Sequential(Tokens(), nn.Linear(4, 2))
+    rules = {pattern: {"exclude": True}}
+    assert list(survey(model, rules).layers) == ["0.body", "1"]
+    assert reasons(model, rules=rules)["0.token"] == "excluded by a rule"
+
+
+def test_the_name_of_a_parameter_of_a_layer_is_no_pattern():
+    with pytest.raises(kc.ArgumentError, match=r"'0\.weight' matches no module"):
+        survey(classifier(), {"0.weight": {"exclude": True}})
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [
+        ((), (1, 1)),
+        ((5,), (5, 1)),
+        ((1, 1, 5), (5, 1)),
+        ((5, 1), (5, 1)),
+        ((2, 3), (2, 3)),
+        ((1, 2, 3), (2, 3)),
+        ((4, 2, 3), (4, 2, 3)),
+        ((4, 1, 2, 3), (4, 2, 3)),
+        ((4, 2, 1, 3), (4, 2, 3)),
+        ((4, 2, 3, 1), (4, 2, 3)),
+        ((4, 5, 2, 3), (20, 2, 3)),
+    ],
+)
+def test_a_parameter_is_a_stack_of_matrices_and_back(shape, matrix):
+    layout = universal_layout("p", shape)
+    assert layout.matrix_shape == matrix
+    values = torch.randn(shape)
+    there = layout.to_matrix({"p": values})
+    assert torch.equal(there.flatten(), values.flatten())
+    assert torch.equal(layout.from_matrix(there)["p"], values)
+
+
+def test_parametrised_weights_are_covered_where_they_train():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+    assert set(survey(model).layers) == {
+        "0.bias",
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+    }
+
+
+def test_a_tied_embedding_is_one_parameter_which_either_name_excludes():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+    model[1].weight = model[0].weight
+    (layer,) = survey(model).layers.values()
+    assert layer.name == "0.weight"
+    for pattern in ("0", "1", "0.weight"):
+        assert not survey(model, {pattern: {"exclude": True}}).layers
