@@ -13,17 +13,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from .calls import Arrival, Call, Replays, by_call
 from .errors import CaptureError
-from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of
-from .guards import EagerForwards, kept_running_statistics, without_autocast
+from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .guards import (
+    EagerForwards,
+    kept_running_statistics,
+    without_autocast,
+)
 from .heads import Head, Sent, divisors
 from .hooks import Hook, Owner, in_backward
+from .layers import CompoundKind, kind_of
 from .layers.sharing import kept
-from .layers.survey import Layer
+from .layers.survey import Layer, layers_by_module
 from .statistics import LayerSums, Slots, Statistics, check_finite
 
 logger = logging.getLogger("kfac_cond")
@@ -86,6 +92,7 @@ class Capture:
         self._heard = heard
         self._wanted = wanted
         self._handles: list[RemovableHandle] = []
+        self._replays = Replays()
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
@@ -98,10 +105,13 @@ class Capture:
 
         root = self.model
         self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True)]
-        for layer in self.layers.values():
-            for module in dict.fromkeys(layer.modules):
-                call = hook(partial(self._layer, layer))
-                self._handles.append(module.register_forward_hook(call, with_kwargs=True, prepend=True))
+        for module, parts in layers_by_module(self.layers).items():
+            listen = self._layer
+            if isinstance(kind_of(module), CompoundKind):
+                listen = self._compound
+                self._handles.append(module.register_forward_pre_hook(hook(self._before)))
+            after = hook(partial(listen, parts))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
         if self._eager.needed:
             self._handles.append(root.register_forward_hook(hook(self._eager.leave), always_call=True))
         if self._heard is not None:
@@ -151,14 +161,43 @@ class Capture:
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._heard is not None and self.listening():
             if self._universal and self.waiting:
-                self.waiting[-1].ends = [_edge(one) for one in tree_leaves(outputs) if _is_computed(one)]
+                self.waiting[-1].ends = [Arrival(one).edge for one in tree_leaves(outputs) if _is_computed(one)]
             self._heard(args, kwargs, outputs)
 
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.listening():
+            self._replays.before(module)
+
+    def _compound(
+        self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Run a module of several parts again, and note what each of them was given."""
+        if not self.listening():
+            return
+        for layer in parts.values():
+            layer.check_unchanged()
+        found = self._replays.after(module, parts, args, kwargs, output)
+        if found is None:
+            return
+        call, replay = found
+        forward = self.waiting[-1] if self.waiting else self._open(None)
+        for name, layer in parts.items():
+            self.fired.add(layer.name)
+            with torch.no_grad():
+                a, keep = replay.inputs(name, forward.positions)
+                with without_autocast(a.device):
+                    self._note(forward, layer, Use(call, module, keep), a.to(dtype_of(a, self._wanted)))
+
+    def _note(self, forward: Forward, layer: Layer, use: Use, a: Tensor) -> None:
+        self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
+        forward.add(layer, use, a, self._wanted)
+
     def _layer(
-        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if not self.listening():
             return
+        layer = parts[""]
         given = [*args, *kwargs.values()]
         if not isinstance(output, Tensor) or len(given) != 1 or not isinstance(given[0], Tensor):
             raise CaptureError(
@@ -172,12 +211,11 @@ class Capture:
         layer.check_unchanged()
         self.fired.add(layer.name)
         forward = self.waiting[-1] if self.waiting else self._open(None)
-        edge = _edge(output)
+        call = Call([output])
         with torch.no_grad(), without_autocast(inputs.device):
             a = layer.kind.activations(module, inputs.to(dtype_of(inputs, self._wanted)))
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
-            self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or keep is not None)
-            forward.add(layer, Use(edge, output.shape, module, keep), a, self._wanted)
+            self._note(forward, layer, Use(call, module, keep), a)
 
     def send_back(
         self,
@@ -210,6 +248,8 @@ class Capture:
             for entry in forward.entries.values()
             for use in entry.uses
         ]
+        calls = list(dict.fromkeys(use.call for *_, use in uses))
+        edges = [edge for call in calls for edge in call.edges]
         ends = [(index, edge) for index, forward in enumerate(forwards) for edge in forward.ends]
         if not (uses or ends):
             return None
@@ -218,18 +258,18 @@ class Capture:
         for sent in scores:
             if not sent.outputs.requires_grad:
                 continue
-            found, of_parameters = self._arrived(sent, [*(use.edge for *_, use in uses), *(edge for _, edge in ends)])
-            indices = [*(index for index, *_ in uses), *(index for index, _ in ends)]
-            now = {index for index, g in zip(indices, found, strict=True) if g is not None}
-            reached = [(entry, use, g) for (_, entry, use), g in zip(uses, found, strict=False) if g is not None]
+            found, of_parameters = self._arrived(sent, [*edges, *(edge for _, edge in ends)])
+            now = {index for (index, _), g in zip(ends, found[len(edges) :], strict=True) if g is not None}
+            reached = reached_uses(uses, by_call(calls, found[: len(edges)]))
             del found
+            now |= {index for index, *_ in reached}
             if not now:
                 # Another model's outputs may depend on a parameter of ours too.
                 continue
             touched |= now
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)
-                add_gradients(sums, reached, place, examples, self._wanted, of_parameters)
+                add_gradients(sums, [one for _, one in reached], place, examples, self._wanted, of_parameters)
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]
@@ -256,7 +296,8 @@ class Capture:
     def computed(self, outputs: Tensor, *, spent: bool) -> bool:
         """Whether a forward held computed these outputs: one that was sent back to already, or one that waits."""
         forwards = self.spent if spent else self.waiting
-        edges = [use.edge for forward in forwards for entry in forward.entries.values() for use in entry.uses]
+        uses = [use for forward in forwards for entry in forward.entries.values() for use in entry.uses]
+        edges = [edge for call in dict.fromkeys(use.call for use in uses) for edge in call.edges]
         edges += [edge for forward in forwards for edge in forward.ends]
         if not edges:
             return False
@@ -357,15 +398,3 @@ def _dense(layer: Layer, gradient: Tensor) -> Tensor:
             f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
         )
     return gradient
-
-
-def _edge(output: Tensor) -> GradientEdge:
-    """Where the gradient of a layer's output arrives.
-
-    A view's own edge is useless once the view is changed in place (a linear layer with bias returns a view of a
-    two-dimensional product); its base's edge is not.
-    """
-    base = output._base
-    if base is not None and base.requires_grad and base.numel() == output.numel():
-        return get_gradient_edge(base)
-    return get_gradient_edge(output)

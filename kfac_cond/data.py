@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .checks import check_seed
 from .errors import ArgumentError, CaptureError
@@ -114,13 +115,14 @@ def _described(value: Any) -> str:
 def call_model(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     """Run ``model`` on a batch as loaders yield them; returns (outputs, data labels or None).
 
-    A tensor is the input; of a tuple or list the first entry is the input and the second the labels; a mapping is
-    passed by keyword, without ``labels`` where the model's forward has no such argument.
+    A tensor is the input; of a tuple or list the first entry, a tensor or a packed sequence, is the input and the
+    second the labels; a mapping is passed by keyword, without ``labels`` where the model's forward has no such
+    argument.
     """
     device = _device(model)
     if isinstance(batch, Tensor):
         return model(_moved(batch, device)), None
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | PackedSequence):
         if len(batch) > 2:
             raise ArgumentError(
                 f"a batch is {_described(batch)}: expected (inputs, labels). Yield those two, or a mapping of keyword "
@@ -149,8 +151,8 @@ def _takes_labels(model: nn.Module) -> bool:
 
 def _moved(value: Any, device: torch.device | None) -> Any:
     """A tensor, or a mapping or tuple of some, on the device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value if device is None else value.to(device)
+    if isinstance(value, Tensor | PackedSequence):
+        return value if device is None else value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     return [_moved(item, device) for item in value] if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from .calls import Call
 from .errors import CaptureError
 from .layers.sharing import (
     expanded_gradient_moment,
@@ -62,10 +63,9 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
 
 @dataclass
 class Use:
-    """One call of a layer's module: where its output gradient arrives, how to read it, and a where it is kept."""
+    """One call of a layer's module: where its output gradient comes from, how to read it, and a where it is kept."""
 
-    edge: GradientEdge
-    shape: torch.Size
+    call: Call
     module: nn.Module
     keep: Tensor | None
     a: Tensor | None = None
@@ -110,9 +110,7 @@ class Forward:
             inputs = masked(a, use.keep).sum()
             count = torch.ones_like(inputs)
         elif layer.sharing == "expand":
-            inputs, count = expanded_input_moment(
-                a, use.keep, bias=layer.layout.bias is not None, moment=layer.input_moment
-            )
+            inputs, count = expanded_input_moment(a, use.keep, bias=layer.ones, moment=layer.input_moment)
         else:
             inputs, count = pooled_inputs(a, use.keep)
         entry = self.entries.get(layer.name)
@@ -122,6 +120,14 @@ class Forward:
         _same_examples(layer, entry.inputs, inputs)
         entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
         entry.uses.append(use)
+
+
+def reached_uses(
+    uses: Iterable[tuple[int, Entry, Use]], arrived: Mapping[Call, Mapping[str, Tensor]]
+) -> list[tuple[int, tuple[Entry, Use, Tensor]]]:
+    """The uses that a gradient arrived at, each with the number of its forward."""
+    found = ((index, entry, use, arrived[use.call].get(entry.layer.part.name)) for index, entry, use in uses)
+    return [(index, (entry, use, g)) for index, entry, use, g in found if g is not None]
 
 
 def add_gradients(
@@ -147,8 +153,8 @@ def add_gradients(
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for entry, use, gradient in reached:
         layer = entry.layer
-        g = gradient.to(dtype_of(gradient, wanted)).reshape(use.shape)
-        g = masked(layer.kind.output_gradients(use.module, g), use.keep)
+        g = layer.kind.output_gradients(use.module, gradient.to(dtype_of(gradient, wanted)))
+        g = masked(g, use.keep)
         if use.a is not None:
             uses.setdefault(layer.name, []).append(_pair(layer, use.a, g, examples))
         if not entry.moments:
@@ -241,9 +247,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
             inputs, count = inputs + entry.inputs, count + entry.count
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
-            inputs, count = reduced_input_moment(
-                inputs, count, bias=layer.layout.bias is not None, moment=layer.input_moment
-            )
+            inputs, count = reduced_input_moment(inputs, count, bias=layer.ones, moment=layer.input_moment)
         mine.A, mine.A_count = inputs, count
 
 

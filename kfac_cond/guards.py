@@ -41,6 +41,36 @@ class EagerForwards:
             self._entered.pop().__exit__(None, None, None)
 
 
+RandomState = tuple[torch.device, Tensor, Tensor | None]
+"""A device, the global generator's state, and that of the device's own where it has one."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """What random numbers on ``device`` are drawn from next."""
+    own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
+    return device, torch.get_rng_state(), own
+
+
+@contextmanager
+def repeated(state: RandomState | None) -> Iterator[None]:
+    """Random numbers are drawn anew from ``state``; afterwards it is as if none had been. None: nothing is done."""
+    if state is None:
+        yield
+        return
+    device, general, own = state
+    kind = device.type if own is not None else "cuda"
+    with torch.random.fork_rng(devices=[] if own is None else [device], device_type=kind):
+        torch.set_rng_state(general)
+        if own is not None:
+            torch.get_device_module(device).set_rng_state(own, device)
+        yield
+
+
+def unpacked_graph() -> AbstractContextManager[Any]:
+    """A graph that keeps its tensors itself, where activation checkpointing would drop and recompute them."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
 @contextmanager
 def kept_running_statistics(model: nn.Module) -> Iterator[None]:
     """Running statistics of norm layers as before afterwards.

@@ -279,8 +279,7 @@ class Pass:
                 G = stored_identity(shape, leading=leading, like=A)
             else:
                 G = combined(sums.G, scales)
-                A, G = layer.factors(A, G)
-            factors[name] = KroneckerBlock(layer.layout, A, G, name=name)
+            factors[name] = KroneckerBlock(layer.layout, *layer.factors(A, G), name=name)
         return factors
 
     def check_complete(self, total: Statistics) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
+from kfac_cond.layers.survey import survey
 
 from .helpers import Apply
 from .reference import (
@@ -58,11 +59,48 @@ class Normalised(nn.Module):
         return self.head(self.rms(torch.tanh(self.layer(h + x)).mean(-1)))
 
 
+class Attending(nn.Module):
+    """Attention to itself and to shorter sequences, over (N, 3, 2), with one and with separate projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(2, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(2, 1, batch_first=True, vdim=1, bias=False)
+        self.head = nn.Linear(2, 3)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.own(x, x, x)[0]
+        h = h + self.own(h, x[:, :2], x[:, 1:])[0]
+        return self.head(h + self.cross(h, x[:, :2], x[:, :2, :1])[0])
+
+
+class Recurring(nn.Module):
+    """Each kind of recurrent layer, and a cell used at every step, over (N, 3, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 2, batch_first=True, bidirectional=True, proj_size=1)
+        self.gru, self.cell = nn.GRU(2, 2, bias=False), nn.LSTMCell(2, 2)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.lstm(x)
+        steps, _ = self.gru(h.transpose(0, 1))
+        state = None
+        for step in steps:
+            state = self.cell(step, state)
+        return self.head(state[0] + state[1])
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (perceptron, (5, 3)),
     "tokens": (Tokens, (4, 3, 2)),
     "pixels": (pixels, (4, 4, 3, 2)),
     "normalised": (Normalised, (4, 4, 3)),
+    "attending": (Attending, (4, 3, 2)),
+    "recurring": (Recurring, (4, 3, 2)),
 }
 
 
@@ -107,9 +145,7 @@ class Case:
             outputs = self.model(self.inputs).detach()
             self.labels, *self.draws = (self.drawn(outputs) for _ in range(3))
         self.divisor = outputs[..., 0].numel()
-        self.layers = {
-            name: m for name, m in self.model.named_modules() if any(True for _ in m.parameters(recurse=False))
-        }
+        self.layers = tuple(survey(self.model).layers)
 
     def drawn(self, outputs: Tensor) -> Tensor:
         if self.name == "categorical":
@@ -127,9 +163,10 @@ class Case:
         return kc.estimate(self.model, data, self.likelihood, **given)
 
     @lru_cache  # noqa: B019
-    def dense(self, kind: str) -> Tensor:
-        """F over all parameters, in the order of a flat vector."""
-        parameters = [p for module in self.layers.values() for p in module.parameters()]
+    def dense(self, kind: str, names: tuple[str, ...] | None = None) -> Tensor:
+        """F over all parameters, in the order of the model or of ``names``."""
+        held = dict(self.model.named_parameters())
+        parameters = [held[name] for name in names or held]
         settings = {"parameters": parameters, "divisor": self.divisor}
         if kind == "exact":
             return exact_fisher(self.model, self.inputs, lambda f: information(self.name, f), **settings).detach()

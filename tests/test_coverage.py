@@ -56,6 +56,10 @@ def test_what_has_a_kronecker_form():
         "conv.bias",
         "norm.weight",
         "norm.bias",
+        "attention.in_proj_weight",
+        "attention.in_proj_bias",
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
         "partly.bias",
     }
 
@@ -65,8 +69,6 @@ def test_what_has_a_kronecker_form():
     [
         ("slope.weight", "PReLU", "no Kronecker form"),
         ("raw", "Zoo", "no Kronecker form"),
-        ("attention.in_proj_weight", "MultiheadAttention", "no Kronecker form"),
-        ("attention.out_proj.weight", "NonDynamicallyQuantizableLinear", "no Kronecker form"),
         ("embedding.weight", "Embedding", "'head.weight' and 'embedding.weight' are one weight in two roles"),
         ("weight_norm.bias", "ParametrizedLinear", "parametrization"),
     ],

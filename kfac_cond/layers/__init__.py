@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import LayerKind
+from .attention import AttentionKind
+from .base import LayerKind, Part
+from .compound import CompoundKind
 from .convolution import ConvolutionKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
+from .recurrent import RecurrentCellKind, RecurrentKind
 from .universal import UniversalKind
 
 #: The kinds with a Kronecker form, in the order in which they are asked.
@@ -21,6 +24,9 @@ KINDS: tuple[LayerKind, ...] = (
     GroupNormKind(),
     InstanceNormKind(),
     BatchNormKind(),
+    AttentionKind(),
+    RecurrentKind(),
+    RecurrentCellKind(),
 )
 
 #: The form of whatever no kind takes.
@@ -40,14 +46,19 @@ def overridden(module: nn.Module) -> type[nn.Module] | None:
 __all__ = [
     "KINDS",
     "UNIVERSAL",
+    "AttentionKind",
     "BatchNormKind",
+    "CompoundKind",
     "ConvolutionKind",
     "GroupNormKind",
     "InstanceNormKind",
     "LayerKind",
     "LayerNormKind",
     "LinearKind",
+    "Part",
     "RMSNormKind",
+    "RecurrentCellKind",
+    "RecurrentKind",
     "TransposedLinearKind",
     "UniversalKind",
     "WeightLayout",

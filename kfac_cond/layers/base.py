@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from .layout import WeightLayout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a module, with its bias: what a layer is made of. Most modules have one such part.
+
+    Args:
+        name: what the layer's name adds to that of the module; '' where it is the module's only part.
+        weight: attribute of the module, or of a child of it ('out_proj.weight').
+        bias: likewise; None where the weight has none of its own.
+        groups: rows of the weight that have inputs of their own, in that many equal pieces.
+    """
+
+    name: str = ""
+    weight: str = "weight"
+    bias: str | None = "bias"
+    groups: int = 1
+
+
+#: A module of one weight.
+WHOLE = Part()
 
 
 class LayerKind(ABC):
@@ -38,6 +60,14 @@ class LayerKind(ABC):
                 return base
         return None
 
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        """The parts of ``module``, each of which is a layer."""
+        return (WHOLE,)
+
+    def part_layout(self, module: nn.Module, part: Part, *, weight: str | None, bias: str | None) -> WeightLayout:
+        """The matrix of one part; names as for ``layout``."""
+        return self.layout(module, weight=weight, bias=bias)
+
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """The layer's matrix; ``weight`` and ``bias`` are canonical names, None where absent or frozen."""
         shape = tuple(cast(Tensor, module.weight).shape)
@@ -50,6 +80,10 @@ class LayerKind(ABC):
     @abstractmethod
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """A gradient of the module's output as [batch, positions, d_out], or [groups, batch, positions, d_out]."""
+
+    def counts_groups(self, layout: WeightLayout) -> bool:
+        """Whether the positions of each group are counted apart, by a constant feature that is summed in any case."""
+        return False
 
     def sum_shapes(self, layout: WeightLayout, max_factor_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of what is summed for A and, in each slot, for G."""

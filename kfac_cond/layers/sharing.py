@@ -47,19 +47,20 @@ def expanded_input_moment(
 
     Args:
         a: [..., batch, positions, d_in].
-        keep: [batch, positions, 1] bool, or None where all positions are real.
+        keep: [batch, positions, 1] bool, or of each group [groups, batch, positions, 1], whose numbers are then added;
+            None where all positions are real.
         bias: whether there is one.
         moment: how the outer products are summed.
     """
     rows = rearrange(masked(a, keep), "... n s d -> ... (n s) d")
     if keep is None:
         return moment(rows, ones=bias), _count(a, rows.shape[-2])
-    count = keep.sum()
-    return moment(rows, ones=bias, count=count), count
+    count = keep.sum(dim=(-3, -2, -1))
+    return moment(rows, ones=bias, count=count), count.sum()
 
 
 def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of a over the valid positions of each example, [..., batch, d_in], and their number, [batch, 1]."""
+    """The sum of a over the valid positions of each example, [..., batch, d_in], and their number, [..., batch, 1]."""
     if keep is None:
         return a.sum(dim=-2), torch.full((a.shape[-3], 1), float(a.shape[-2]), dtype=a.dtype, device=a.device)
     return masked(a, keep).sum(dim=-2), keep.sum(dim=-2).to(a.dtype)
@@ -72,13 +73,13 @@ def reduced_input_moment(
 
     Args:
         sums: [..., batch, d_in], activations summed over positions, and over the uses of the layer.
-        counts: [batch, 1], the number of terms of each sum.
+        counts: [batch, 1], the number of terms of each sum, or [groups, batch, 1].
         bias: whether there is one.
         moment: how the outer products are summed.
     """
     # An example without any valid position has no constant feature either.
-    present = (counts > 0).sum()
-    return moment(sums / counts.clamp(min=1), ones=bias, count=present), present
+    present = (counts > 0).sum(dim=(-2, -1))
+    return moment(sums / counts.clamp(min=1), ones=bias, count=present), present.sum()
 
 
 def masked(x: Tensor, keep: Tensor | None) -> Tensor:

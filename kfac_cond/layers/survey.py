@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..checks import checked_rules
 from ..errors import ModelChangedError
 from ..linalg.moments import second_moment, second_moment_diagonal
-from . import UNIVERSAL, kind_of, overridden
-from .base import LayerKind
+from . import UNIVERSAL, overridden
+from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .naming import join, named_modules
+from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import PLAIN, LayerRule, Sharing, settings_of_rules
 from .sharing import Moment
 from .universal import MIN_DRAWS, universal_layout
@@ -35,6 +36,7 @@ class Layer:
         layout: the layer's matrix.
         places: where each of its parameters is, frozen ones as well: by canonical name a module and an attribute of it.
         rule: the settings that hold for it.
+        part: what of its modules it is.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Layer:
     layout: WeightLayout
     places: Mapping[str, tuple[nn.Module, str]]
     rule: LayerRule = PLAIN
+    part: Part = WHOLE
 
     @property
     def sharing(self) -> Sharing:
@@ -69,6 +72,16 @@ class Layer:
     def gradient_moment(self) -> Moment:
         """How the outer products of its output gradients are summed."""
         return second_moment_diagonal if "G" in self.diagonal_sides else second_moment
+
+    @property
+    def owner(self) -> str:
+        """Canonical name of the module that it is a part of."""
+        return self.name[: len(self.name) - len(self.part.name)].rstrip(".")
+
+    @property
+    def ones(self) -> bool:
+        """Whether the constant feature is summed beside its inputs: for a bias, or to count positions."""
+        return self.layout.bias is not None or self.kind.counts_groups(self.layout)
 
     @property
     def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -105,6 +118,15 @@ class Layer:
                 f"{self.layout.shapes}. Call kfac.refresh() after changing or freezing layers; it keeps what still "
                 f"fits."
             )
+
+
+def layers_by_module(layers: Mapping[str, Layer]) -> dict[nn.Module, dict[str, Layer]]:
+    """The layers that each module is, by part."""
+    found: dict[nn.Module, dict[str, Layer]] = {}
+    for layer in layers.values():
+        for module in layer.modules:
+            found.setdefault(module, {})[layer.part.name] = layer
+    return found
 
 
 def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
@@ -150,15 +172,6 @@ class Survey:
     excluded: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Use:
-    """One place a parameter is held at."""
-
-    owner: str
-    module: nn.Module
-    attribute: str
-
-
 _OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
 
 
@@ -174,7 +187,7 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
         ArgumentError: a pattern that matches nothing, or an unknown setting.
     """
     modules = list(named_modules(model))
-    uses = _uses(modules)
+    uses = uses_in(modules)
     found, why = _with_a_form(modules, uses)
     layer_of = {id(p): layer for layer in found for p in layer.parameters.values()}
     refused: dict[int, tuple[str, str]] = {}
@@ -191,7 +204,7 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
     excluded: set[str] = set()
     for key, (_, places) in uses.items():
         layer = layer_of.get(key)
-        named = _owners(places) if layer is None else (layer.name, *_owners(places))
+        named = owners_of(places) if layer is None else (layer.name, *owners_of(places))
         if any(settings[name].exclude for name in named):
             refused[key] = "excluded by a rule", "remove the rule to cover it"
             excluded.add(join(places[0].owner, places[0].attribute))
@@ -208,103 +221,81 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
 
 
 def _with_a_form(
-    modules: list[tuple[str, nn.Module]], uses: dict[int, tuple[nn.Parameter, list[_Use]]]
+    modules: list[tuple[str, nn.Module]], uses: dict[int, tuple[nn.Parameter, list[Use]]]
 ) -> tuple[list[Layer], dict[int, tuple[str, str]]]:
     """The layers with an (a, g) form; by parameter why a module of a kind is none, with the remedy."""
     layers: list[Layer] = []
     why: dict[int, tuple[str, str]] = {}
-    taken: set[int] = set()
-    for name, module in modules:
-        kind = kind_of(module)
-        if kind is None or id(module) in taken:
+    roles = roles_in(modules)
+    taken: set[Role] = set()
+    for role in dict.fromkeys(roles.values()):
+        if role in taken:
             continue
-        taken.add(id(module))
-        found = _layer(name, module, kind, uses)
+        found = _layer(role, roles, uses)
         if isinstance(found, Layer):
             layers.append(found)
-            taken.update(id(sharer) for sharer in found.modules)
+            taken.update(roles[id(use.module), use.attribute] for use in uses_of(role.weight, uses))
         else:
-            for parameter in module._parameters.values():
+            for parameter in (role.weight, role.bias):
                 why.setdefault(id(parameter), found)
     return layers, why
 
 
-def _uses(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
-    """Every parameter with all the places that hold it; two paths to one module count once."""
-    uses: dict[int, tuple[nn.Parameter, list[_Use]]] = {}
-    seen: set[int] = set()
-    for owner, module in modules:
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                uses.setdefault(id(parameter), (parameter, []))[1].append(_Use(owner, module, attribute))
-    return uses
-
-
-def _owners(places: list[_Use]) -> list[str]:
-    """The modules that hold a parameter."""
-    return [use.owner for use in places]
-
-
 def _names(
-    uses: Mapping[int, tuple[nn.Parameter, list[_Use]]], layer_of: Mapping[int, Layer]
+    uses: Mapping[int, tuple[nn.Parameter, list[Use]]], layer_of: Mapping[int, Layer]
 ) -> dict[str, tuple[str, ...]]:
     """What settings are kept for, and the names by which a pattern reaches it.
 
-    A module that holds parameters has its own name; a parameter in the universal form its own and its modules'.
+    A module that holds parameters has its own name; a parameter in the universal form its own and its modules', a part
+    of a module its own and the module's.
     """
-    names: dict[str, tuple[str, ...]] = {owner: (owner,) for _, places in uses.values() for owner in _owners(places)}
+    names: dict[str, tuple[str, ...]] = {owner: (owner,) for _, places in uses.values() for owner in owners_of(places)}
     for key, layer in layer_of.items():
-        if not layer.modules:
-            names[layer.name] = (layer.name, *_owners(uses[key][1]))
+        if not layer.modules or layer.part.name:
+            names[layer.name] = (layer.name, layer.owner, *owners_of(uses[key][1]))
     return names
 
 
 def _layer(
-    name: str,
-    module: nn.Module,
-    kind: LayerKind,
-    uses: dict[int, tuple[nn.Parameter, list[_Use]]],
+    role: Role, roles: Mapping[tuple[int, str], Role], uses: Mapping[int, tuple[nn.Parameter, list[Use]]]
 ) -> Layer | tuple[str, str]:
-    """The layer at ``module``, or (reason, remedy) where it cannot be one."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    """The layer of a part of a module, or (reason, remedy) where it cannot be one."""
+    weight, bias, part = role.weight, role.bias, role.part
     if weight is None:
         return (
             "its weight is computed from other parameters (a parametrization)",
             "torch.nn.utils.parametrize.remove_parametrizations, where it is not needed",
         )
-    sharers = uses[id(weight)][1]
-    if refusal := _refusal(weight, sharers):
+    places = uses_of(weight, uses)
+    if refusal := _refusal(weight, places):
         return refusal
-    for use in sharers:
-        if (
-            use.attribute != "weight"
-            or kind_of(use.module) is not kind
-            or use.module._parameters.get("bias") is not bias
-        ):
-            pair = _pair(name, "weight", use)
-            if use.attribute == "weight" and kind_of(use.module) is kind:
-                return f"{pair} are one weight with two biases", "tie the biases too, or leave both out (bias=False)"
-            return f"{pair} are one weight in two roles", "untie them"
-    if bias is not None and len(uses[id(bias)][1]) != len(sharers):
-        other = next(use for use in uses[id(bias)][1] if use.module is not module)
-        return f"{_pair(name, 'bias', other)} are one bias of two weights", "give each its own bias"
+    sharers = []
+    for use in places:
+        other = roles.get((id(use.module), use.attribute))
+        if other is None or other.kind is not role.kind or other.part != part or other.weight is not weight:
+            return f"{_pair(role, part.weight, use)} are one weight in two roles", "untie them"
+        if other.bias is not bias:
+            pair = _pair(role, part.weight, use)
+            return f"{pair} are one weight with two biases", "tie the biases too, or leave both out (bias=False)"
+        sharers.append(other)
+    if len(uses_of(bias, uses)) not in (0, len(sharers)):
+        own = [other.places[join(other.owner, str(part.bias))] for other in sharers]
+        stranger = next(use for use in uses_of(bias, uses) if (use.module, use.attribute) not in own)
+        return f"{_pair(role, str(part.bias), stranger)} are one bias of two weights", "give each its own bias"
     trains_weight = weight.requires_grad
     trains_bias = bias is not None and bias.requires_grad
     if not (trains_weight or trains_bias):
         return "frozen", ""
-    layout = kind.layout(
-        module,
-        weight=join(name, "weight") if trains_weight else None,
-        bias=join(name, "bias") if trains_bias else None,
+    layout = role.kind.part_layout(
+        role.module,
+        part,
+        weight=join(role.owner, part.weight) if trains_weight else None,
+        bias=join(role.owner, str(part.bias)) if trains_bias else None,
     )
-    places = {join(name, attribute): (module, attribute) for attribute in ("weight", "bias")}
-    return Layer(name, kind, tuple(use.module for use in sharers), layout, places)
+    return Layer(role.name, role.kind, tuple(other.module for other in sharers), layout, role.places, part=part)
 
 
-def _universal(place: _Use, parameter: nn.Parameter) -> Layer:
+def _universal(place: Use, parameter: nn.Parameter) -> Layer:
     """A parameter by itself."""
     name = join(place.owner, place.attribute)
     layout = universal_layout(name, tuple(parameter.shape))
@@ -319,12 +310,12 @@ def _ruled(layer: Layer, rule: LayerRule) -> Layer:
     return replace(layer, rule=rule)
 
 
-def _pair(name: str, attribute: str, use: _Use) -> str:
+def _pair(role: Role, attribute: str, use: Use) -> str:
     """The two places of one parameter, which a row of either may name."""
-    return f"'{join(name, attribute)}' and '{join(use.owner, use.attribute)}'"
+    return f"'{join(role.owner, attribute)}' and '{join(use.owner, use.attribute)}'"
 
 
-def _refusal(weight: Tensor, places: list[_Use]) -> tuple[str, str] | None:
+def _refusal(weight: Tensor, places: list[Use]) -> tuple[str, str] | None:
     """Why a parameter of this storage cannot be covered, with the remedy."""
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "a lazy module that is not initialised yet", "run one forward before wrapping the model"
@@ -341,7 +332,7 @@ def _refusal(weight: Tensor, places: list[_Use]) -> tuple[str, str] | None:
     return None
 
 
-def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer, why: tuple[str, str]) -> Row:
+def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[str, str]) -> Row:
     """The row of a parameter that is covered; ``why`` says (reason, remedy) where its form is universal."""
     path = join(places[0].owner, places[0].attribute)
     reason, remedy = _as_diagonals(layer)
@@ -352,7 +343,7 @@ def _row(parameter: nn.Parameter, places: list[_Use], layer: Layer, why: tuple[s
     return Row(path, type(places[0].module).__name__, parameter.numel(), True, reason, remedy, "universal")
 
 
-def _left_out(parameter: nn.Parameter, places: list[_Use], reason: str, remedy: str) -> Row:
+def _left_out(parameter: nn.Parameter, places: list[Use], reason: str, remedy: str) -> Row:
     """The row of a parameter that is not covered."""
     size = 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
     path = join(places[0].owner, places[0].attribute)

@@ -25,7 +25,7 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
     Args:
         x: [..., n, d], float32 or wider; n may be 0.
         ones: append the constant feature 1, as a layer with a bias does to its input.
-        count: how many rows have that feature, 0-d; the others are zero. None for all of them.
+        count: how many rows have that feature, 0-d or [...]; the others are zero. None for all of them.
 
     Returns:
         [..., d, d], or [..., d + 1, d + 1] with ``ones``; exactly symmetric, dtype and device of ``x``.
@@ -56,7 +56,7 @@ def second_moment_diagonal(x: Tensor, *, ones: bool = False, count: Tensor | Non
     if not ones:
         return squares
     last = squares.new_full((), x.shape[-2]) if count is None else count.to(squares.dtype)
-    return torch.cat([squares, last.expand(*squares.shape[:-1], 1)], dim=-1)
+    return torch.cat([squares, last.expand(squares.shape[:-1]).unsqueeze(-1)], dim=-1)
 
 
 def trace(matrix: Side) -> Tensor:

@@ -152,9 +152,9 @@ class Fisher(Mapping[str, Block]):
     def merge(self, other: Fisher) -> Fisher:
         """The estimate over both pieces of data, from two estimates of one model over each of them.
 
-        Exactly what one pass over all the data gives for Kronecker blocks: A weighted by positions, G by M. Any other
-        block becomes the sum weighted by M, which is exact as a matrix. A layer that one of them lacks was not used
-        there and adds nothing, while M counts.
+        Exactly what one pass over all the data gives for Kronecker blocks: A weighted by positions, G by M, and in the
+        universal form both of its moments by M. Any other block becomes the sum weighted by M, which is exact as a
+        matrix. A layer that one of them lacks was not used there and adds nothing, while M counts.
 
         Args:
             other: of the same likelihood, kind and structure, with counts in its ``meta``.

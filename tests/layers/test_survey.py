@@ -180,8 +180,6 @@ def test_a_subclass_with_the_same_forward_is_covered():
     ("module", "path", "remedy"),
     [
         (nn.ConvTranspose2d(2, 3, 3), "0.weight", "nn.Conv modules in its place"),
-        (nn.LSTM(2, 3), "0.weight_ih_l0", "a LayerKind of your own"),
-        (nn.MultiheadAttention(4, 2), "0.in_proj_weight", "nn.Linear"),
         (Wide(3, 4), "0.weight", "around a plain Linear"),
         (replaced(), "0.bias", "a LayerKind of your own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "0.bias", "remove_parametrizations"),

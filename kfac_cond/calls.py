@@ -1,0 +1,129 @@
+"""Calls of modules: where the gradients of what they returned arrive, and what these are for the parts of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .guards import RandomState, random_state, repeated, unpacked_graph
+from .layers import CompoundKind, kind_of
+from .layers.replay import Replay
+
+
+class Arrival:
+    """Where the gradient of a tensor arrives, and how to read it.
+
+    A view's own edge is useless once the view is changed in place (a linear layer with bias returns a view of a
+    two-dimensional product); its base's edge is not.
+
+    Args:
+        output: that has a gradient.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        base = output._base
+        self._shape, self._view = output.shape, None
+        if base is None or not base.requires_grad or base.numel() != output.numel():
+            self.edge = get_gradient_edge(output)
+            return
+        self.edge = get_gradient_edge(base)
+        offset = output.storage_offset() - base.storage_offset()
+        self._base, self._view = (base.shape, base.stride()), (output.shape, output.stride(), offset)
+
+    def read(self, gradient: Tensor) -> Tensor:
+        """The gradient of the tensor, from the one at the edge."""
+        if self._view is None:
+            return gradient.reshape(self._shape)
+        if gradient.stride() != self._base[1] or gradient.storage_offset():
+            gradient = torch.empty_strided(*self._base, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+        return gradient.as_strided(*self._view)
+
+
+class Call:
+    """One call of a module: where the gradients of what it returned arrive, and what they are for its parts.
+
+    Args:
+        outputs: what it returned; None, and what has no gradient, are passed over.
+        nested: pairs (i, j) where the j-th output may lie on the way to the i-th.
+        replay: of a module of several parts; None where the module is its only part, with one output.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor | None],
+        replay: Replay | None = None,
+        nested: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._nested = nested
+        self._arrivals = [Arrival(one) if one is not None and one.requires_grad else None for one in outputs]
+        self._replay = replay
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Those of the outputs that have a gradient."""
+        return [one.edge for one in self._arrivals if one is not None]
+
+    def output_gradients(self, found: Iterator[Tensor | None]) -> Mapping[str, Tensor]:
+        """The gradients of its parts' outputs, by part, of those reached; one is taken from ``found`` for each edge."""
+        at_edges = [None if one is None else next(found) for one in self._arrivals]
+        for whole, inner in self._nested:
+            if inner < len(at_edges):
+                at_edges[inner] = self._without(at_edges, whole, inner)
+        pairs = zip(self._arrivals, at_edges, strict=True)
+        gradients = [None if one is None or g is None else one.read(g) for one, g in pairs]
+        if self._replay is not None:
+            return self._replay.output_gradients(gradients)
+        (gradient,) = gradients
+        return {} if gradient is None else {"": gradient}
+
+    def _without(self, at_edges: Sequence[Tensor | None], whole: int, inner: int) -> Tensor | None:
+        """What came to the inner output by itself, without what came to it from the whole."""
+        outer, mine = self._arrivals[whole], self._arrivals[inner]
+        g, total = at_edges[whole], at_edges[inner]
+        if outer is None or mine is None or g is None or total is None:
+            return total
+        (through,) = torch.autograd.grad([outer.edge], [mine.edge], [g], retain_graph=True, allow_unused=True)
+        return total if through is None else total - through
+
+
+def by_call(calls: Sequence[Call], found: Sequence[Tensor | None]) -> dict[Call, Mapping[str, Tensor]]:
+    """The gradients of each call's parts, from those at the edges of all calls."""
+    each = iter(found)
+    return {call: call.output_gradients(each) for call in calls}
+
+
+class Replays:
+    """Runs calls of modules of several parts again, with the random numbers that the call itself drew."""
+
+    def __init__(self) -> None:
+        self._states: dict[nn.Module, RandomState] = {}
+
+    def before(self, module: nn.Module) -> None:
+        """Note the random state that a call starts from."""
+        kind = kind_of(module)
+        if isinstance(kind, CompoundKind) and kind.draws_numbers(module):
+            self._states[module] = random_state(next(module.parameters()).device)
+
+    def after(
+        self, module: nn.Module, parts: Container[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Call, Replay] | None:
+        """The call, run again once it is over; None where nothing that it returned has a gradient.
+
+        Args:
+            module: what was called.
+            parts: the parts of it that are layers.
+            args, kwargs, output: of the call.
+        """
+        kind, state = kind_of(module), self._states.pop(module, None)
+        assert isinstance(kind, CompoundKind)
+        outputs = kind.outputs(output)
+        if not any(one is not None and one.requires_grad for one in outputs):
+            return None
+        replay = Replay(module, parts)
+        with repeated(state), unpacked_graph():
+            replay.outputs = kind.replay(replay, module, *args, **kwargs)
+        return Call(outputs, replay, kind.nested), replay
