@@ -108,7 +108,7 @@ def digest_of_batch(batch: Any) -> str:
 def random_state() -> dict[str, Tensor]:
     """Where the global random streams stand, by device; dropout draws from them."""
     state = {"cpu": torch.get_rng_state()}
-    if (kind := torch.accelerator.current_accelerator()) is not None:
+    if (kind := _accelerator()) is not None:
         state[kind.type] = torch.get_device_module(kind).get_rng_state()
     return state
 
@@ -116,9 +116,14 @@ def random_state() -> dict[str, Tensor]:
 def restore_random_state(state: Mapping[str, Tensor]) -> None:
     """Go on where ``random_state`` was taken, on the devices that are there."""
     torch.set_rng_state(state["cpu"])
-    kind = torch.accelerator.current_accelerator()
+    kind = _accelerator()
     if kind is not None and kind.type in state:
         torch.get_device_module(kind).set_rng_state(state[kind.type])
+
+
+def _accelerator() -> torch.device | None:
+    """The accelerator that is there; a build for one may run where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
