@@ -198,24 +198,26 @@ class Capture:
         if not self.listening():
             return
         layer = parts[""]
-        given = [*args, *kwargs.values()]
-        if not isinstance(output, Tensor) or len(given) != 1 or not isinstance(given[0], Tensor):
-            raise CaptureError(
-                f"layer '{layer.name}' ({layer.kind.name}) was called with {[type(one).__name__ for one in given]} and "
-                f"returned {type(output).__name__}: expected one tensor each. Exclude the layer with "
-                f"rules={{'{layer.name}': dict(exclude=True)}}."
-            )
-        inputs = given[0].detach()
-        if not output.requires_grad:
+        if isinstance(output, Tensor) and not output.requires_grad:
             return
         layer.check_unchanged()
-        self.fired.add(layer.name)
-        forward = self.waiting[-1] if self.waiting else self._open(None)
-        call = Call([output])
-        with torch.no_grad(), without_autocast(inputs.device):
-            a = layer.kind.activations(module, inputs.to(dtype_of(inputs, self._wanted)))
+        with torch.no_grad(), without_autocast(layer.like.device):
+            a = (
+                layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
+                if isinstance(output, Tensor)
+                else None
+            )
+            if a is None:
+                given = [type(one).__name__ for one in (*args, *kwargs.values())]
+                raise CaptureError(
+                    f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned "
+                    f"{type(output).__name__}: not what a layer of its kind takes and gives. Exclude it with "
+                    f"rules={{'{layer.name}': dict(exclude=True)}}."
+                )
+            self.fired.add(layer.name)
+            forward = self.waiting[-1] if self.waiting else self._open(None)
             keep = kept(forward.positions, a.shape[-3], a.shape[-2])
-            self._note(forward, layer, Use(call, module, keep), a)
+            self._note(forward, layer, Use(Call([output]), module, keep), a)
 
     def send_back(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from .layout import WeightLayout
@@ -72,6 +74,18 @@ class LayerKind(ABC):
         """The layer's matrix; ``weight`` and ``bias`` are canonical names, None where absent or frozen."""
         shape = tuple(cast(Tensor, module.weight).shape)
         return WeightLayout(weight, bias, shape, groups=getattr(module, "groups", 1))
+
+    def of_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+    ) -> Tensor | None:
+        """The activations of one call in ``dtype``; None where it was called with something else than it takes.
+
+        A kind of several inputs, or of inputs that are no real numbers, has its own.
+        """
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            return None
+        return self.activations(module, given[0].detach().to(dtype))
 
     @abstractmethod
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
