@@ -184,13 +184,14 @@ class Capture:
         for name, layer in parts.items():
             self.fired.add(layer.name)
             with torch.no_grad():
-                a, keep = replay.inputs(name, forward.positions)
-                with without_autocast(a.device):
-                    self._note(forward, layer, Use(call, module, keep), a.to(dtype_of(a, self._wanted)))
+                given, keep = replay.inputs(name, forward.positions)
+                with without_autocast(given.device):
+                    a = given.to(dtype_of(given, self._wanted))
+                    self._note(forward, layer, Use(call, module, keep), partial(_itself, a))
 
-    def _note(self, forward: Forward, layer: Layer, use: Use, a: Tensor) -> None:
+    def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
-        forward.add(layer, use, a, self._wanted)
+        forward.add(layer, use, make, self._wanted)
 
     def _layer(
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -201,23 +202,29 @@ class Capture:
         if isinstance(output, Tensor) and not output.requires_grad:
             return
         layer.check_unchanged()
+        self.fired.add(layer.name)
+        forward = self.waiting[-1] if self.waiting else self._open(None)
+        make = partial(self._activations, layer, module, args, kwargs, output)
         with torch.no_grad(), without_autocast(layer.like.device):
-            a = (
-                layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
-                if isinstance(output, Tensor)
-                else None
-            )
-            if a is None:
-                given = [type(one).__name__ for one in (*args, *kwargs.values())]
-                raise CaptureError(
-                    f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned "
-                    f"{type(output).__name__}: not what a layer of its kind takes and gives. Exclude it with "
-                    f"rules={{'{layer.name}': dict(exclude=True)}}."
-                )
-            self.fired.add(layer.name)
-            forward = self.waiting[-1] if self.waiting else self._open(None)
-            keep = kept(forward.positions, a.shape[-3], a.shape[-2])
-            self._note(forward, layer, Use(Call([output]), module, keep), a)
+            if layer.gradient_sums is None:
+                make = partial(_itself, make())
+            keep = None if forward.positions is None else kept(forward.positions, *make().shape[-3:-1])
+            self._note(forward, layer, Use(Call([output]), module, keep), make)
+
+    def _activations(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor:
+        """What a call gave its layer."""
+        if isinstance(output, Tensor):
+            a = layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
+            if a is not None:
+                return a
+        given = [type(one).__name__ for one in (*args, *kwargs.values())]
+        raise CaptureError(
+            f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned {type(output).__name__}: "
+            f"not what a layer of its kind takes and gives. Exclude it with "
+            f"rules={{'{layer.name}': dict(exclude=True)}}."
+        )
 
     def send_back(
         self,
@@ -385,6 +392,10 @@ def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, inv
     examples = heads[0].likelihood.examples(heads[0].outputs)
     finite, nonfinite = check_finite(sums)
     return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _is_computed(output: Any) -> bool:

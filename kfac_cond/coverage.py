@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .checks import check_module
-from .layers.survey import Layer, Row, survey
+from .layers.survey import Layer, Row, Survey, survey
 
 
 class Coverage:
@@ -99,21 +99,17 @@ def coverage(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None 
         ArgumentError: not a module, or rules that do not fit it.
     """
     check_module(model)
-    return Coverage(survey(model, rules).rows)
+    return Coverage(survey(model, rules, training="kfac").rows)
 
 
-def coverage_of_wrapped(
-    model: nn.Module, rules: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer], unreached: Iterable[str]
-) -> Coverage:
+def coverage_of_wrapped(fresh: Survey, layers: Mapping[str, Layer], unreached: Iterable[str]) -> Coverage:
     """The table of a model as it is now against the ``layers`` that were wrapped.
 
     Args:
-        model: the model.
-        rules: the settings it was wrapped with.
+        fresh: the model as it is now.
         layers: the layers that have hooks, by name.
         unreached: the layers that should have taken part in a capture by now and did not.
     """
-    fresh = survey(model, rules)
 
     def parameters(names: Iterable[str]) -> list[str]:
         return [path for name in names if name in fresh.layers for path in fresh.layers[name].layout.names]

@@ -236,8 +236,8 @@ def _wanted(request: Request) -> dict[str, Layer]:
 
 
 def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """The layers that a forward alone says something of, after the others are named."""
-    kept = {name: layer for name, layer in layers.items() if layer.modules}
+    """The layers that a forward alone says something of, by their inputs, after the others are named."""
+    kept = {name: replace(layer, gradient_sums=None) for name, layer in layers.items() if layer.modules}
     if len(kept) < len(layers):
         logger.warning(
             "kind='forward_only' has nothing for parameters in the universal form, which are known by their gradients: "

@@ -240,7 +240,9 @@ class Pass:
         for index, word in enumerate(words):
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
             own = {
-                key: value for key, value in counts.items() if key not in ("positions", "universal") or word == "kfac"
+                key: value
+                for key, value in counts.items()
+                if key not in ("positions", "of_gradients") or word == "kfac"
             }
             of_groups = [(share, blocks[index]) for share, blocks in groups]
             meta = {**facts(self.likelihood, self.kind, word, self.request.samples), "counts": own}
@@ -250,10 +252,10 @@ class Pass:
     def _counts(self, total: Statistics) -> dict[str, Any]:
         counts = counts_of(self.slots, total.divisor, total.examples)
         if not total.divisor.is_meta:
-            of_inputs = {name: sums for name, sums in total.layers.items() if self.layers[name].modules}
+            of_inputs = {n: sums for n, sums in total.layers.items() if self.layers[n].gradient_sums is None}
             counts["positions"] = {name: float(sums.A_count) for name, sums in of_inputs.items()}
-            if universal := [name for name in total.layers if name not in of_inputs]:
-                counts["universal"] = universal
+            if of_gradients := [name for name in total.layers if name not in of_inputs]:
+                counts["of_gradients"] = of_gradients
         return counts
 
     def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:

@@ -23,10 +23,11 @@ from .guards import without_autocast
 from .heads import Distribution
 from .health import Health
 from .intake import Intake
-from .layers.survey import Layer, draws_needed, waiting_for_draws
+from .layers.summed import TRAINED
+from .layers.survey import Layer, draws_needed, survey, waiting_for_draws
 from .schedules import Clock, Schedule
 from .statistics import MovingAverage, statistic_dtype
-from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
+from .structures import Block, DiagonalBlock, Fisher, KroneckerBlock, averaged, damped_inverses_of
 from .trust_region import LayerUpdate, TrustRegion, as_trust_region
 from .wrapping import covering, refuse_wrapped, require_unchanged
 
@@ -51,8 +52,11 @@ class KFAC:
             the Fisher (its stated reduction), and what a label is.
         damping: lambda of F + lambda I, a number, a callable of the step, or ``kc.Damping``.
         schedule: what is done at which step; default ``Schedule()``.
-        structure: 'kfac'.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, damping=, exclude=, max_factor_dim=)}.
+        structure: what a layer's block is kept as: 'kfac'; 'tkfac', whose factors are the two partial traces of the
+            block with an example's positions summed first; or 'diagonal'. The latter two read a layer's inputs again
+            once scores come back, and leave the outer products of single positions out.
+        rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
+            max_factor_dim=)}.
         trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
@@ -87,14 +91,15 @@ class KFAC:
         data: Data | None = None,
     ) -> None:
         refuse_wrapped(model, KFAC)
-        if structure != "kfac":
-            raise ArgumentError(f"structure={structure!r}: KFAC trains with 'kfac'")
+        if structure not in TRAINED:
+            raise ArgumentError(f"structure={structure!r}: KFAC trains with one of {', '.join(TRAINED)}")
         self.damping = as_damping(damping)
         self.schedule = settings_of(schedule, Schedule, "schedule")
         self.trust_region = as_trust_region(trust_region)
         self._model = model
         self._rules = checked_rules(rules)
-        self._survey = covering(model, self._rules)
+        self._structure = structure
+        self._survey = covering(model, self._rules, structure)
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
@@ -137,7 +142,8 @@ class KFAC:
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        return coverage_of_wrapped(self._model, self._rules, self.layers, self._intake.missing)
+        fresh = survey(self._model, self._rules, training=self._structure)
+        return coverage_of_wrapped(fresh, self.layers, self._intake.missing)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
@@ -159,7 +165,7 @@ class KFAC:
         """
         if not (self._average.ready and self._health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
-        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": "kfac"}
+        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": self._structure}
         return Fisher(self._blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
@@ -256,7 +262,7 @@ class KFAC:
     def refresh(self) -> None:
         """Look at the model again after layers were added, replaced, frozen or unfrozen; keep what still fits."""
         self._intake.require_on_model()
-        fresh = covering(self._model, self._rules)
+        fresh = covering(self._model, self._rules, self._structure)
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
         for name in changed:
             self._inverses.pop(name, None)
@@ -360,7 +366,7 @@ class KFAC:
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
         if self._factors_due():
-            require_unchanged(self._model, self._rules, self.layers)
+            require_unchanged(self._model, self._rules, self._structure, self.layers)
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
@@ -390,12 +396,8 @@ class KFAC:
         self._health.climbed(rungs)
         self._inverses = inverses
 
-    def _blocks(self) -> dict[str, KroneckerBlock]:
-        blocks = {}
-        for name in self._average.ready:
-            layer = self.layers[name]
-            blocks[name] = KroneckerBlock(layer.layout, *layer.factors(*self._average.factors(name)), name=name)
-        return blocks
+    def _blocks(self) -> dict[str, KroneckerBlock | DiagonalBlock]:
+        return {name: averaged(self.layers[name], *self._average.factors(name)) for name in self._average.ready}
 
     def _inverse_of(self, name: str, like: Tensor) -> Block | None:
         """The layer's inverse, where its gradient is and in the dtype of its statistics."""

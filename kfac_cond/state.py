@@ -18,7 +18,7 @@ from .errors import StateError
 from .health import Flags, Health
 from .layers.survey import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
-from .structures import Block, EigenBlock, KroneckerBlock
+from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
 VERSION = 2
@@ -26,6 +26,7 @@ VERSION = 2
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
     EigenBlock: ("basis_A", "basis_G", "values"),
+    DiagonalBlock: ("values",),
 }
 
 #: What an average may hold: nothing, the weight of G of a layer that was not used yet, or all of it.
@@ -237,7 +238,7 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise StateError(
                 f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}: load it into the "
-                f"model that was saved, with the same rules, max_factor_dim among them"
+                f"model that was saved, with the same structure and rules, max_factor_dim among them"
             )
         counts = key.endswith("_weight") or key in _COUNTS
         kind = tensor.dtype if key == "A_count" else count_dtype(device) if counts else dtype

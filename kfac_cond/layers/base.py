@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import WeightLayout
+from .summed import GradientSums
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class LayerKind(ABC):
     modules: ClassVar[tuple[type[nn.Module], ...]]
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
+    #: What is summed of the weight gradients of examples, where it is not a a^T and g g^T of positions.
+    gradient_sums: ClassVar[GradientSums | None] = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` computes just what this kind's own module computes."""
