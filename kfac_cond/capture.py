@@ -25,12 +25,13 @@ from .guards import (
     kept_running_statistics,
     without_autocast,
 )
-from .heads import Head, Sent, divisors
+from .heads import Sent
 from .hooks import Hook, Owner, in_backward
 from .layers import CompoundKind, kind_of
 from .layers.sharing import kept
 from .layers.survey import Layer, layers_by_module
-from .statistics import LayerSums, Slots, Statistics, check_finite
+from .statistics import LayerSums
+from .usage import used_functionally
 
 logger = logging.getLogger("kfac_cond")
 
@@ -291,6 +292,11 @@ class Capture:
             self.spent += heard
         return sums
 
+    def used_functionally(self, outputs: Iterable[Tensor]) -> set[str]:
+        """The layers that the forwards held use otherwise than by calls of their modules."""
+        entries = [pair for forward in (*self.waiting, *self.spent) for pair in forward.entries.items()]
+        return used_functionally(self.layers, [(name, use.call) for name, one in entries for use in one.uses], outputs)
+
     def inputs(self) -> dict[str, LayerSums]:
         """The sums of the inputs of all forwards that wait, with a zero for G: nothing is sent back."""
         sums: dict[str, LayerSums] = {}
@@ -356,42 +362,6 @@ class Capture:
                 if known := next((words for key, words in _REFUSALS.items() if key in str(error)), None):
                     raise CaptureError(known) from error
                 raise
-
-
-def gathered(
-    capture: Capture,
-    heads: Sequence[Head],
-    scores: Iterable[Sent],
-    *,
-    slots: Slots,
-    invalid: Tensor,
-    again: bool = False,
-    replaceable: bool = False,
-) -> Statistics | None:
-    """The statistics of one batch: scores sent back from its heads, with the counts and flags of their likelihoods.
-
-    Args:
-        capture: holds the forward that computed the outputs.
-        heads: of the batch; they say M and N.
-        scores: of the heads' outputs.
-        slots: what is summed apart.
-        invalid: 0-d bool, some label is out of range: such a batch counts as not finite.
-        again, replaceable: as for ``Capture.send_back``.
-
-    Returns:
-        None where the outputs do not come from any forward held.
-    """
-    examples = heads[0].likelihood.examples(heads[0].outputs)
-    with without_autocast(heads[0].outputs.device):
-        sums = capture.send_back(scores, slots=len(slots), examples=examples, again=again, replaceable=replaceable)
-    return None if sums is None else counted(sums, heads, slots, invalid)
-
-
-def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, invalid: Tensor) -> Statistics:
-    """Sums of one batch with the counts and flags that the likelihoods give its outputs."""
-    examples = heads[0].likelihood.examples(heads[0].outputs)
-    finite, nonfinite = check_finite(sums)
-    return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
 
 
 def _itself(x: Tensor) -> Tensor:

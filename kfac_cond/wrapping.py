@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from .checks import check_module
 from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
-from .layers.survey import Layer, Survey, survey
+from .layers.survey import Layer, Survey
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -53,14 +52,12 @@ def detach(model: nn.Module) -> None:
         owner.remove()
 
 
-def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], structure: str) -> Survey:
-    """The layers of a model, at least one, as training in a ``structure`` keeps them.
+def require_covering(model: nn.Module, found: Survey) -> None:
+    """Refuse a model in which no layer was found, or whose hooks would be lost.
 
     Raises:
         CoverageError: none is covered, or the model is nn.DataParallel.
-        ArgumentError: a rule that does not fit.
     """
-    found = survey(model, rules, training=structure)
     if not found.layers:
         reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
         raise CoverageError(f"{type(model).__name__} has no layer that KFAC covers ({reasons})")
@@ -70,12 +67,9 @@ def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], structure
                 f"'{name or type(model).__name__}' is nn.DataParallel, whose replicas lose their hooks: use "
                 f"DistributedDataParallel, or the plain module"
             )
-    return found
 
 
-def require_unchanged(
-    model: nn.Module, rules: Mapping[str, Mapping[str, Any]], structure: str, layers: Mapping[str, Layer]
-) -> None:
+def require_unchanged(model: nn.Module, now: Mapping[str, Layer], layers: Mapping[str, Layer]) -> None:
     """Refuse a model whose layers are no longer those that were wrapped: replaced, resized, frozen, unfrozen, added.
 
     It reads names and shapes on the host, never a tensor.
@@ -83,7 +77,6 @@ def require_unchanged(
     Raises:
         ModelChangedError: with the names of what changed.
     """
-    now = survey(model, rules, training=structure).layers
     changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
     if changed:
         raise ModelChangedError(

@@ -144,18 +144,6 @@ def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
     return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
 
 
-def waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:
-    """A line on the layers that need several draws, where there are any, and how many of them are ready."""
-    needed = draws_needed(layers)
-    if not needed:
-        return []
-    number = sum(name in ready for name in needed)
-    return [
-        f"{len(needed)} parameters in the universal form, {number} of them preconditioned: each has its plain gradient "
-        f"until {max(needed.values())} effective draws are in"
-    ]
-
-
 @dataclass(frozen=True)
 class Row:
     """One trainable parameter of a coverage table.
@@ -182,11 +170,16 @@ class Survey:
     excluded: frozenset[str]
 
 
+_FUNCTIONAL = "its weight is used without a call of its module", "call the module, for a form of its own"
 _OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
 
 
 def survey(
-    model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None, *, training: str | None = None
+    model: nn.Module,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    training: str | None = None,
+    functional: Container[str] = frozenset(),
 ) -> Survey:
     """Find the layers of ``model`` and say of every trainable parameter what covers it.
 
@@ -196,13 +189,15 @@ def survey(
             form); the later of two matching patterns wins, key by key.
         training: the structure that training keeps a layer in where no rule says another; None for an estimate, whose
             structures store what they take in by themselves.
+        functional: layers whose weight is known to be used without a call of their module; they have no form of their
+            own.
 
     Raises:
         ArgumentError: a pattern that matches nothing, an unknown setting, or a structure that training does not have.
     """
     modules = list(named_modules(model))
     uses = uses_in(modules)
-    found, why = _with_a_form(modules, uses)
+    found, why = _with_a_form(modules, uses, functional)
     layer_of = {id(p): layer for layer in found for p in layer.parameters.values()}
     refused: dict[int, tuple[str, str]] = {}
     for key, (parameter, places) in uses.items():
@@ -235,7 +230,9 @@ def survey(
 
 
 def _with_a_form(
-    modules: list[tuple[str, nn.Module]], uses: dict[int, tuple[nn.Parameter, list[Use]]]
+    modules: list[tuple[str, nn.Module]],
+    uses: dict[int, tuple[nn.Parameter, list[Use]]],
+    functional: Container[str],
 ) -> tuple[list[Layer], dict[int, tuple[str, str]]]:
     """The layers with an (a, g) form; by parameter why a module of a kind is none, with the remedy."""
     layers: list[Layer] = []
@@ -247,9 +244,11 @@ def _with_a_form(
             continue
         found = _layer(role, roles, uses)
         if isinstance(found, Layer):
-            layers.append(found)
             taken.update(roles[id(use.module), use.attribute] for use in uses_of(role.weight, uses))
+        if isinstance(found, Layer) and found.name not in functional:
+            layers.append(found)
         else:
+            found = _FUNCTIONAL if isinstance(found, Layer) else found
             for parameter in (role.weight, role.bias):
                 why.setdefault(id(parameter), found)
     return layers, why
