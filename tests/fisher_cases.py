@@ -94,10 +94,26 @@ class Recurring(nn.Module):
         return self.head(state[0] + state[1])
 
 
+class Growing(nn.Module):
+    """Transposed convolutions, one with groups and asked for another size than its own, and a bilinear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(2, 2, (2, 1), stride=(1, 2), dilation=(2, 1))
+        self.pair = nn.Bilinear(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.grouped(x, output_size=[6]))
+        h = torch.tanh(self.up(h.unflatten(1, (2, 2)))).mean(3).mT
+        return self.pair(h[:, ::2], h[:, 1::2])
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (perceptron, (5, 3)),
     "tokens": (Tokens, (4, 3, 2)),
     "pixels": (pixels, (4, 4, 3, 2)),
+    "growing": (Growing, (4, 2, 3)),
     "normalised": (Normalised, (4, 4, 3)),
     "attending": (Attending, (4, 3, 2)),
     "recurring": (Recurring, (4, 3, 2)),
