@@ -106,7 +106,7 @@ class Growing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.grouped(x, output_size=[6]))
         h = torch.tanh(self.up(h.unflatten(1, (2, 2)))).mean(3).mT
-        return self.pair(h[:, ::2], h[:, 1::2])
+        return self.pair(h[:, ::2], h[:, 1::2]).mean(1)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
