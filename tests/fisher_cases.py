@@ -15,6 +15,7 @@ from .helpers import Apply
 from .reference import (
     bernoulli_log_prob,
     categorical_log_prob,
+    entries_of,
     exact_fisher,
     fisher_of_draws,
     gaussian_log_prob,
@@ -194,16 +195,8 @@ class Case:
         if kind == "forward_only":
             eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "sampled")[block.name].A
             return torch.block_diag(*[torch.kron(eye, one) for one in A.reshape(-1, *A.shape[-2:])])
-        order = self.order(block)
+        order = entries_of(self.model, block.layout)
         return self.dense(kind)[order][:, order]
-
-    def order(self, block: kc.Block) -> Tensor:
-        """Where the entries of the layer's matrix are in a flat vector of all parameters."""
-        start, places = 0, {}
-        for name, parameter in self.model.named_parameters():
-            places[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
-            start += parameter.numel()
-        return block.layout.to_matrix({name: places[name] for name in block.layout.names}).flatten()
 
 
 @lru_cache

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.layers import TransposedConvolutionKind, kind_of
+from kfac_cond.layers import TransposedConvolutionKind, WeightLayout, kind_of
 from kfac_cond.layers.survey import survey
 
 from ..helpers import Apply
-from ..reference import assert_same, exact_fisher
+from ..reference import assert_same, entries_of, exact_fisher, within_groups
 from .test_kinds import assert_gradient_is_made_of_pairs
 
 KINDS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -118,18 +118,12 @@ ARGUMENTS = {
 CASES = [pytest.param(ARGUMENTS[name], groups, id=f"{name}-{groups}") for name, groups in product(ARGUMENTS, (1, 2))]
 
 
-def blocks(model: nn.Module, inputs: Tensor, *, divisor: float, layout: Any) -> Tensor:
+def blocks(model: nn.Module, inputs: Tensor, *, divisor: float, layout: WeightLayout) -> Tensor:
     """The Fisher of a Gaussian at every output, in the order of the layer's matrix, between entries of one group."""
-    parameters = dict(model.named_parameters())
-    whole = exact_fisher(
-        model, inputs, lambda f: torch.eye(f.numel()), parameters=[*parameters.values()], divisor=divisor
-    )
-    places = torch.arange(len(whole)).split([p.numel() for p in parameters.values()])
-    order = layout.to_matrix(
-        {name: at.reshape(p.shape) for (name, p), at in zip(parameters.items(), places, strict=True)}
-    ).flatten()
-    group = torch.arange(len(order)) // (len(order) // layout.groups)
-    return whole[order][:, order] * (group[:, None] == group)
+    identity = lambda f: torch.eye(f.numel())  # noqa: E731
+    whole = exact_fisher(model, inputs, identity, parameters=[*model.parameters()], divisor=divisor)
+    order = entries_of(model, layout)
+    return whole[order][:, order] * within_groups(layout)
 
 
 @pytest.mark.parametrize(("arguments", "groups"), CASES)
