@@ -16,6 +16,7 @@ from .helpers import Apply
 from .reference import (
     bernoulli_log_prob,
     categorical_log_prob,
+    entries_of,
     exact_fisher,
     fisher_of_draws,
     gaussian_log_prob,
@@ -95,10 +96,26 @@ class Recurring(nn.Module):
         return self.head(state[0] + state[1])
 
 
+class Growing(nn.Module):
+    """Transposed convolutions, one with groups and asked for another size than its own, and a bilinear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(2, 2, (2, 1), stride=(1, 2), dilation=(2, 1))
+        self.pair = nn.Bilinear(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.grouped(x, output_size=[6]))
+        h = torch.tanh(self.up(h.unflatten(1, (2, 2)))).mean(3).mT
+        return self.pair(h[:, ::2], h[:, 1::2]).mean(1)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (perceptron, (5, 3)),
     "tokens": (Tokens, (4, 3, 2)),
     "pixels": (pixels, (4, 4, 3, 2)),
+    "growing": (Growing, (4, 2, 3)),
     "normalised": (Normalised, (4, 4, 3)),
     "attending": (Attending, (4, 3, 2)),
     "recurring": (Recurring, (4, 3, 2)),
@@ -182,16 +199,8 @@ class Case:
         if kind == "forward_only":
             eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "forward_only")[block.name].A
             return torch.block_diag(*[torch.kron(eye, one) for one in A.reshape(-1, *A.shape[-2:])])
-        order = self.order(block)
+        order = entries_of(self.model, block.layout)
         return self.dense(kind)[order][:, order]
-
-    def order(self, block: kc.Block) -> Tensor:
-        """Where the entries of the layer's matrix are in a flat vector of all parameters."""
-        start, places = 0, {}
-        for name, parameter in self.model.named_parameters():
-            places[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
-            start += parameter.numel()
-        return block.layout.to_matrix({name: places[name] for name in block.layout.names}).flatten()
 
 
 @lru_cache

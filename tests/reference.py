@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from kfac_cond.layers import WeightLayout
+
 LogProb = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -95,6 +97,22 @@ def matrix_order(module: nn.Module) -> Tensor:
         return weight.flatten()
     bias = module.weight.numel() + torch.arange(d_out)[:, None]
     return torch.cat([weight, bias], 1).flatten()
+
+
+def entries_of(model: nn.Module, layout: WeightLayout) -> Tensor:
+    """Where the entries of a layer's row-major matrix are in a flat vector of the model's trainable parameters."""
+    start, places = 0, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            places[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
+            start += parameter.numel()
+    return layout.to_matrix({name: places[name] for name in layout.names}).flatten()
+
+
+def within_groups(layout: WeightLayout) -> Tensor:
+    """Entries of a layer's block that a form with a pair of factors for each group keeps."""
+    group = torch.arange(layout.numel) // (layout.numel // layout.groups)
+    return group[:, None] == group
 
 
 def assert_same(found: Tensor, expected: Tensor, *, tolerance: float = 1e-10) -> None:

@@ -38,7 +38,18 @@ def convolutional() -> nn.Sequential:
     )
 
 
-MODELS = {"linear": classifier, "convolution": convolutional}
+def transposed() -> nn.Sequential:
+    pair = nn.Bilinear(4, 4, 4)
+    squared = Apply(lambda h: pair(h, h))
+    squared.pair = pair
+    grown = nn.ConvTranspose1d(1, 2, 2, stride=2, padding=1, output_padding=1)
+    halves = nn.ConvTranspose1d(2, 2, 2, padding=2, groups=2)
+    return nn.Sequential(
+        nn.Unflatten(-1, (1, 3)), grown, nn.ReLU(inplace=True), halves, nn.Flatten(), squared, nn.Linear(4, 3)
+    )
+
+
+MODELS = {"linear": classifier, "convolution": convolutional, "transposed": transposed}
 SETTINGS: dict[str, dict[str, Any]] = {
     "factored": {},
     "exact": {"damping": kc.Damping(1e-2, rule="exact")},

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from .attention import AttentionKind
-from .base import LayerKind, Part
+from .base import LayerKind, Override, Part
+from .bilinear import BilinearKind
 from .compound import CompoundKind
-from .convolution import ConvolutionKind
+from .convolution import ConvolutionKind, TransposedConvolutionKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
@@ -19,6 +20,8 @@ KINDS: tuple[LayerKind, ...] = (
     LinearKind(),
     TransposedLinearKind(),
     ConvolutionKind(),
+    TransposedConvolutionKind(),
+    BilinearKind(),
     LayerNormKind(),
     RMSNormKind(),
     GroupNormKind(),
@@ -38,9 +41,9 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
-def overridden(module: nn.Module) -> type[nn.Module] | None:
-    """The type that ``module`` would count as, had its class or somebody else not replaced its ``forward``; or None."""
-    return next((base for kind in KINDS if (base := kind.overridden(module)) is not None), None)
+def overridden(module: nn.Module) -> Override | None:
+    """The type that ``module`` would count as, had its class or somebody else not replaced a method; or None."""
+    return next((found for kind in KINDS if (found := kind.overridden(module)) is not None), None)
 
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "UNIVERSAL",
     "AttentionKind",
     "BatchNormKind",
+    "BilinearKind",
     "CompoundKind",
     "ConvolutionKind",
     "GroupNormKind",
@@ -55,10 +59,12 @@ __all__ = [
     "LayerKind",
     "LayerNormKind",
     "LinearKind",
+    "Override",
     "Part",
     "RMSNormKind",
     "RecurrentCellKind",
     "RecurrentKind",
+    "TransposedConvolutionKind",
     "TransposedLinearKind",
     "UniversalKind",
     "WeightLayout",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ class Part:
 WHOLE = Part()
 
 
+class Override(NamedTuple):
+    """The type that a module would count as, and the method that its class or somebody else replaced."""
+
+    base: type[nn.Module]
+    method: str
+
+
 class LayerKind(ABC):
     """One kind of layer with an (a, g) form: y[n, s] = W a[n, s] + b at every position s of example n.
 
@@ -43,12 +50,14 @@ class LayerKind(ABC):
 
     Attributes:
         name: the kind's name in tables.
-        modules: module types of this kind. A subclass of one that overrides ``forward``, or an instance whose
-            ``forward`` was replaced, is not of this kind, since what its weight means is no longer known.
+        modules: module types of this kind. A subclass of one that overrides one of ``methods``, or an instance in
+            which one was replaced, is not of this kind, since what its weight means is no longer known.
+        methods: what says what such a module computes: ``forward`` and the methods that it leaves this to.
     """
 
     name: ClassVar[str]
     modules: ClassVar[tuple[type[nn.Module], ...]]
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
     #: How many operations of the graph take a parameter in at each call; None where that is not known.
@@ -60,11 +69,11 @@ class LayerKind(ABC):
         """Whether ``module`` computes just what this kind's own module computes."""
         return any(isinstance(module, base) for base in self.modules) and self.overridden(module) is None
 
-    def overridden(self, module: nn.Module) -> type[nn.Module] | None:
-        """The type of this kind that ``module`` is of, where its class or the instance has another ``forward``."""
+    def overridden(self, module: nn.Module) -> Override | None:
+        """The type of this kind that ``module`` is of, where its class or the instance has another of ``methods``."""
         for base in self.modules:
-            if isinstance(module, base) and ("forward" in vars(module) or type(module).forward is not base.forward):
-                return base
+            if isinstance(module, base):
+                return next((Override(base, name) for name in self.methods if _replaced(module, base, name)), None)
         return None
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
@@ -111,3 +120,8 @@ class LayerKind(ABC):
     def factors(self, A: Tensor, G: Tensor, layout: WeightLayout, max_factor_dim: int) -> tuple[Tensor, Tensor]:
         """(A, G) of the block from what was summed for them, each divided by what it is a mean over."""
         return A, G
+
+
+def _replaced(module: nn.Module, base: type[nn.Module], name: str) -> bool:
+    """Whether a method of ``module`` is not the one of ``base``."""
+    return name in vars(module) or getattr(type(module), name) is not getattr(base, name)

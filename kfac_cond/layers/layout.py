@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -32,7 +33,8 @@ class WeightLayout:
         bias: canonical name of the bias, or None where there is none or it is frozen.
         weight_shape: shape of the weight, frozen or not; its first dimensions count rows.
         groups: number of independent blocks of rows.
-        transposed: the weight is stored as (d_in, d_out); without groups.
+        transposed: the weight is stored as (d_in, d_out, *kernel) and the rows of a group are its second dimension;
+            groups lie along the first.
         output_dims: how many dimensions of the weight count rows; they are the shape of the bias.
     """
 
@@ -61,7 +63,9 @@ class WeightLayout:
     @property
     def _output_shape(self) -> tuple[int, ...]:
         """Shape of the bias, trainable or not."""
-        return self.weight_shape[-1:] if self.transposed else self.weight_shape[: self.output_dims]
+        if self.transposed:
+            return (self.groups * self.weight_shape[1],)
+        return self.weight_shape[: self.output_dims]
 
     @property
     def _rows(self) -> int:
@@ -71,7 +75,9 @@ class WeightLayout:
     @property
     def _columns(self) -> int:
         """Columns of the weight."""
-        return prod(self.weight_shape[:-1] if self.transposed else self.weight_shape[self.output_dims :])
+        if self.transposed:
+            return self.weight_shape[0] // self.groups * prod(self.weight_shape[2:])
+        return prod(self.weight_shape[self.output_dims :])
 
     @property
     def d_out(self) -> int:
@@ -114,7 +120,9 @@ class WeightLayout:
                 raise ArgumentError(f"'{name}' has shape {tuple(tensors[name].shape)}, expected {shape}")
         columns = []
         if self.weight is not None:
-            weight = tensors[self.weight].mT if self.transposed else tensors[self.weight]
+            weight = tensors[self.weight]
+            if self.transposed:
+                weight = rearrange(weight, "(g i) o ... -> g o (i ...)", g=self.groups)
             columns.append(weight.reshape(*self.matrix_shape[:-1], self._columns))
         if self.bias is not None:
             columns.append(tensors[self.bias].reshape(*self.matrix_shape[:-1], 1))
@@ -129,7 +137,11 @@ class WeightLayout:
         tensors: dict[str, Tensor] = {}
         if self.weight is not None:
             columns = matrix[..., :-1] if self.bias is not None else matrix
-            tensors[self.weight] = columns.mT if self.transposed else columns.reshape(self.weight_shape)
+            if self.transposed:
+                columns = columns.reshape(self.groups, self.d_out, -1, *self.weight_shape[2:])
+                tensors[self.weight] = rearrange(columns, "g o i ... -> (g i) o ...")
+            else:
+                tensors[self.weight] = columns.reshape(self.weight_shape)
         if self.bias is not None:
             tensors[self.bias] = matrix[..., -1].reshape(self._output_shape)
         return tensors

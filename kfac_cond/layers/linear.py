@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .base import LayerKind
+from .base import LayerKind, Override
 from .layout import WeightLayout
 
 
@@ -46,9 +46,9 @@ class TransposedLinearKind(LinearKind):
         """A module of a class named ``Conv1D``, from transformers, with ``nf`` outputs."""
         return _is_conv1d(module) and self.overridden(module) is None
 
-    def overridden(self, module: nn.Module) -> type[nn.Module] | None:
+    def overridden(self, module: nn.Module) -> Override | None:
         """``Conv1D`` itself, where the instance has another ``forward``."""
-        return type(module) if _is_conv1d(module) and "forward" in vars(module) else None
+        return Override(type(module), "forward") if _is_conv1d(module) and "forward" in vars(module) else None
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """The layer's matrix, transposed on the way in and out."""

@@ -119,6 +119,7 @@ class InstanceNormKind(GroupNormKind):
 
     name: ClassVar[str] = "instance norm"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    methods: ClassVar[tuple[str, ...]] = ("forward", "_apply_instance_norm", "_handle_no_batch_input")
 
     def _batched(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, _InstanceNorm)

@@ -28,6 +28,7 @@ class RecurrentKind(CompoundKind):
 
     name: ClassVar[str] = "recurrent"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.LSTM, nn.GRU)
+    methods: ClassVar[tuple[str, ...]] = ("forward", "permute_hidden")
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
         """Those of each layer and direction."""

@@ -394,11 +394,11 @@ def _as_diagonals(layer: Layer) -> tuple[str, str]:
 
 def _without_form(module: nn.Module, parameter: nn.Parameter) -> tuple[str, str]:
     """Why no kind takes the module that holds a parameter, with the remedy."""
-    if (base := overridden(module)) is not None:
-        where = "on this instance" if "forward" in vars(module) else f"by {type(module).__name__}"
+    if (found := overridden(module)) is not None:
+        where = "on this instance" if found.method in vars(module) else f"by {type(module).__name__}"
         return (
-            f"{base.__name__} with its forward replaced {where}",
-            f"put what it adds into a module around a plain {base.__name__}, or write {_OWN_KIND}",
+            f"{found.base.__name__} with its {found.method} replaced {where}",
+            f"put what it adds into a module around a plain {found.base.__name__}, or write {_OWN_KIND}",
         )
     reason = "no Kronecker form for this module type"
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.ndim < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 import kfac_cond as kc
 from kfac_cond.layers import (
     BatchNormKind,
+    BilinearKind,
     ConvolutionKind,
     LayerNormKind,
     LinearKind,
+    TransposedConvolutionKind,
     TransposedLinearKind,
     kind_of,
     overridden,
@@ -23,13 +27,14 @@ from ..helpers import Apply
 from ..reference import assert_same
 
 
-def assert_gradient_is_made_of_pairs(module: nn.Module, inputs: Tensor) -> None:
+def assert_gradient_is_made_of_pairs(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """sum_{n,s} g [a, 1]^T = the matrix of the parameters' gradients of a random linear functional of the output."""
     kind = kind_of(module)
-    outputs = module(inputs)
+    outputs = module(*args, **kwargs)
     gradient = torch.randn_like(outputs)
     outputs.backward(gradient)
-    a, g = kind.activations(module, inputs), kind.output_gradients(module, gradient)
+    a, g = kind.of_call(module, args, kwargs, outputs.dtype), kind.output_gradients(module, gradient)
+    assert a.shape[:-1] == g.shape[:-1]
     biased = getattr(module, "bias", None) is not None
     if biased:
         a = torch.cat([a, torch.ones(*a.shape[:-1], 1)], -1)
@@ -153,9 +158,10 @@ class Changed(nn.Linear):
         (Changed(2, 2), None),
         (nn.Conv1d(1, 1, 1), ConvolutionKind),
         (nn.Conv3d(1, 1, 1), ConvolutionKind),
-        (nn.ConvTranspose2d(1, 1, 1), None),
+        (nn.ConvTranspose1d(1, 1, 1), TransposedConvolutionKind),
+        (nn.ConvTranspose3d(1, 1, 1), TransposedConvolutionKind),
         (nn.MultiheadAttention(2, 1).out_proj, None),
-        (nn.Bilinear(2, 2, 2), None),
+        (nn.Bilinear(2, 2, 2), BilinearKind),
         (nn.LayerNorm(2), LayerNormKind),
         (nn.BatchNorm2d(2), BatchNormKind),
         (nn.LocalResponseNorm(2), None),
@@ -200,7 +206,7 @@ def test_a_module_whose_own_forward_was_replaced_is_of_no_kind(make):
     module = make()
     before = overridden(module)
     module.forward = lambda x: x
-    assert (before, overridden(module), kind_of(module)) == (None, type(module), None)
+    assert (before, overridden(module), kind_of(module)) == (None, (type(module), "forward"), None)
 
 
 def test_transposed_linear_has_the_block_of_its_linear_twin():

@@ -179,7 +179,7 @@ def test_a_subclass_with_the_same_forward_is_covered():
 @pytest.mark.parametrize(
     ("module", "path", "remedy"),
     [
-        (nn.ConvTranspose2d(2, 3, 3), "0.weight", "nn.Conv modules in its place"),
+        (nn.ParameterList([torch.zeros(3, 4)]), "0.0", "nn.Conv modules in its place"),
         (Wide(3, 4), "0.weight", "around a plain Linear"),
         (replaced(), "0.bias", "a LayerKind of your own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "0.bias", "remove_parametrizations"),
