@@ -28,7 +28,7 @@ from .guards import (
 from .heads import Head, Sent, divisors
 from .hooks import Hook, Owner, in_backward
 from .layers import CompoundKind, kind_of
-from .layers.sharing import kept
+from .layers.sharing import both, kept
 from .layers.survey import Layer, layers_by_module
 from .statistics import LayerSums, Slots, Statistics, check_finite
 
@@ -216,7 +216,7 @@ class Capture:
                 )
             self.fired.add(layer.name)
             forward = self.waiting[-1] if self.waiting else self._open(None)
-            keep = kept(forward.positions, a.shape[-3], a.shape[-2])
+            keep = both(kept(forward.positions, a.shape[-3], a.shape[-2]), layer.kind.present(module, a))
             self._note(forward, layer, Use(Call([output]), module, keep), a)
 
     def send_back(

@@ -15,7 +15,9 @@ from .errors import CaptureError
 from .layers.sharing import (
     expanded_gradient_moment,
     expanded_input_moment,
+    joined,
     masked,
+    one_example,
     pooled_inputs,
     reduced_input_moment,
 )
@@ -103,8 +105,7 @@ class Forward:
             a = a[..., :0]
         if wanted is not None and layer.name in wanted.pairs:
             # With its last feature here, so that all draws share one tensor.
-            ones = [a.new_ones(*a.shape[:-1], 1)] if layer.layout.bias is not None else []
-            use.a = masked(torch.cat([a, *ones], dim=-1), use.keep)
+            use.a = masked(a.clone() if layer.layout.bias is None else _with_ones(a), use.keep)
         moments = wanted is None or layer.name in wanted.moments
         if not moments:
             inputs = masked(a, use.keep).sum()
@@ -193,10 +194,15 @@ def _both_moments(layer: Layer, D: Tensor) -> Tensor:
     return torch.cat([C.flatten(), R.flatten()])
 
 
+def _with_ones(a: Tensor) -> Tensor:
+    """With the constant feature last."""
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+
+
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     """(a, g) with dimension -3 counting examples: a weight gradient is squared only when all of an example is in it."""
     if examples == 1:
-        return _one_example(a), _one_example(g)
+        return one_example(a), one_example(g)
     if g.shape[-3] != examples:
         raise CaptureError(
             f"layer '{layer.name}' has {g.shape[-3]} entries along its first dimension, the outputs have {examples} "
@@ -206,16 +212,12 @@ def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Te
     return a, g
 
 
-def _one_example(x: Tensor) -> Tensor:
-    return rearrange(x, "... n s d -> ... 1 (n s) d")
-
-
 def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The uses of a layer as positions of one."""
     if len(pairs) == 1:
         return pairs[0]
     a, g = zip(*pairs, strict=True)
-    return torch.cat(a, dim=-2), torch.cat(g, dim=-2)
+    return joined(*a), joined(*g)
 
 
 def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place: Place) -> None:

@@ -8,6 +8,7 @@ from .attention import AttentionKind
 from .base import LayerKind, Part
 from .compound import CompoundKind
 from .convolution import ConvolutionKind
+from .embedding import EmbeddingBagKind, EmbeddingKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
@@ -19,6 +20,8 @@ KINDS: tuple[LayerKind, ...] = (
     LinearKind(),
     TransposedLinearKind(),
     ConvolutionKind(),
+    EmbeddingKind(),
+    EmbeddingBagKind(),
     LayerNormKind(),
     RMSNormKind(),
     GroupNormKind(),
@@ -50,6 +53,8 @@ __all__ = [
     "BatchNormKind",
     "CompoundKind",
     "ConvolutionKind",
+    "EmbeddingBagKind",
+    "EmbeddingKind",
     "GroupNormKind",
     "InstanceNormKind",
     "LayerKind",
