@@ -488,3 +488,24 @@ def test_a_batch_without_examples_changes_nothing():
         )
     )
     assert_same(found.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+def test_an_interrupted_estimate_goes_on_bitwise(structure, tmp_path):
+    """Pairs that are kept are written with it."""
+    model = nn.Sequential(embedding({"padding_idx": 0}), head(4))
+    data = [torch.randint(TOKENS, (3, 4)) for _ in range(4)]
+
+    def estimated(batches: Any, partial: Any) -> kc.Fisher:
+        options = kc.Options(seed=3, partial=partial)
+        return kc.estimate(model, batches, "categorical", structure=structure, samples=2, options=options)
+
+    def broken() -> Any:
+        yield from data[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimated(broken, tmp_path / "partial")
+    assert (tmp_path / "partial").exists()
+    found, expected = estimated(data, tmp_path / "partial"), estimated(data, None)
+    assert torch.equal(found["0"].to_dense(), expected["0"].to_dense())
