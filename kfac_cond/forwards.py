@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -65,12 +65,22 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
 
 @dataclass
 class Use:
-    """One call of a layer's module: where its output gradient comes from, how to read it, and a where it is kept."""
+    """One call of a layer's module: where its output gradient comes from, how to read it, and a where it is kept.
+
+    ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up.
+    """
 
     call: Call
     module: nn.Module
     keep: Tensor | None
     a: Tensor | None = None
+    batch: int = 0
+
+    def of_each(self, examples: int) -> Use:
+        """Of inputs that all examples share: as if each had looked them up, all of them as its positions."""
+        keep = None if self.keep is None else one_example(self.keep)
+        a = None if self.a is None else one_example(self.a).expand(examples, -1, -1)
+        return replace(self, keep=keep, a=a)
 
 
 @dataclass
@@ -101,6 +111,7 @@ class Forward:
 
     def add(self, layer: Layer, use: Use, a: Tensor, wanted: Wanted | None = None) -> None:
         """Add one call of a layer on activations [..., batch, positions, d_in]."""
+        use.batch = a.shape[-3]
         if layer.layout.weight is None:
             a = a[..., :0]
         if wanted is not None and layer.name in wanted.pairs:
@@ -164,9 +175,9 @@ def add_gradients(
         if layer.sharing == "expand":
             _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)
             continue
-        if g.shape[-3] != examples:
+        if use.batch != examples and not (layer.kind.looks_up and use.batch == 1):
             raise CaptureError(
-                f"layer '{layer.name}' with sharing='reduce' has {g.shape[-3]} entries along its first dimension, the "
+                f"layer '{layer.name}' with sharing='reduce' has {use.batch} entries along its first dimension, the "
                 f"outputs have {examples} examples along theirs: keep examples along dimension 0 of both, or use "
                 f"sharing='expand' for it."
             )
@@ -201,7 +212,9 @@ def _with_ones(a: Tensor) -> Tensor:
 
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     """(a, g) with dimension -3 counting examples: a weight gradient is squared only when all of an example is in it."""
-    if examples == 1:
+    # What all examples look up has the gradient of all of them, at drawn labels: as in the universal form, what is
+    # squared with it is on average the sum of the squares of each.
+    if examples == 1 or (layer.kind.looks_up and g.shape[-3] != examples):
         return one_example(a), one_example(g)
     if g.shape[-3] != examples:
         raise CaptureError(
@@ -216,6 +229,8 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The uses of a layer as positions of one."""
     if len(pairs) == 1:
         return pairs[0]
+    if len({g.shape[-3] for _, g in pairs}) > 1:
+        pairs = [(one_example(a), one_example(g)) for a, g in pairs]
     a, g = zip(*pairs, strict=True)
     return joined(*a), joined(*g)
 

@@ -49,6 +49,8 @@ class LayerKind(ABC):
 
     name: ClassVar[str]
     modules: ClassVar[tuple[type[nn.Module], ...]]
+    #: Whether one call may look up what all examples share (positions, say), so that no dimension counts examples.
+    looks_up: ClassVar[bool] = False
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
 

@@ -30,6 +30,7 @@ class EmbeddingKind(LayerKind):
 
     name: ClassVar[str] = "embedding"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    looks_up: ClassVar[bool] = True
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """(features x tokens), transposed on the way in and out, with a diagonal on the side of the tokens."""
@@ -101,10 +102,6 @@ class EmbeddingBagKind(EmbeddingKind):
             sizes = values.new_zeros(bags).index_add_(0, rows, real)
             values = values / sizes.clamp(min=1)[rows]
         return _answering(rows, columns, values, (bags, 1, module.num_embeddings))
-
-    def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        """(bags, features) as [bags, 1, features]."""
-        return gradient.unsqueeze(-2)
 
     def present(self, module: nn.Module, a: Tensor) -> Tensor | None:
         """The bags that hold something."""

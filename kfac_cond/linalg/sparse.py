@@ -71,6 +71,14 @@ class SparseRows:
         assert dim == -3
         return SparseRows(self.rows, self.columns, self.values, (1, *self.shape))
 
+    def expand(self, n: int, *same: int) -> SparseRows:
+        """Rows [1, s, d] as those of each of n examples; ``same`` is -1, -1, as ``Tensor.expand`` is told."""
+        assert same == (-1, -1) and self.shape[0] == 1
+        _, s, d = self.shape
+        first = torch.arange(n, device=self.device) * s
+        rows = (rearrange(first, "n -> n 1") + self.rows).flatten()
+        return SparseRows(rows, self.columns.repeat(n), self.values.repeat(n), (n, s, d))
+
     def sum(self, dim: int | None = None) -> Any:
         """The sum of all entries, 0-d; with ``dim=-2`` the sums over the second leading dimension, as rows again."""
         if dim is None:

@@ -13,24 +13,8 @@ from kfac_cond.layers import kind_of
 from kfac_cond.layers.survey import survey
 from kfac_cond.linalg.pairs import example_gradients
 
-from ..helpers import EVERY_STEP, Apply
 from ..reference import assert_same, categorical_log_prob, fisher_of_draws
-
-TOKENS, FEATURES = 7, 3
-
-EMBEDDINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "padding": {"padding_idx": 2},
-    "padding from the end": {"padding_idx": -1},
-    "max norm": {"max_norm": 0.5},
-    "max norm of another order": {"max_norm": 0.5, "norm_type": 1.0, "padding_idx": 0},
-}
-
-
-def embedding(arguments: dict[str, Any]) -> nn.Embedding:
-    module = nn.Embedding(TOKENS, FEATURES, **arguments)
-    nn.init.normal_(module.weight)
-    return module
+from .embedding_cases import EMBEDDINGS, FEATURES, TOKENS, bag, embedding, head, parameters_in_order
 
 
 def assert_pairs_make_example_gradients(module: nn.Module, args: tuple, kwargs: dict[str, Any], examples: int) -> None:
@@ -79,12 +63,6 @@ BAGS: dict[str, dict[str, Any]] = {
     "padding from the end": {"padding_idx": -2},
     "max norm": {"max_norm": 0.5},
 }
-
-
-def bag(mode: str, arguments: dict[str, Any]) -> nn.EmbeddingBag:
-    module = nn.EmbeddingBag(TOKENS, FEATURES, mode=mode, **arguments)
-    nn.init.normal_(module.weight)
-    return module
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -159,12 +137,6 @@ class OneHot(nn.Module):
         return self.linear(nn.functional.one_hot(indices, TOKENS).to(self.linear.weight))
 
 
-def head(positions: int, *, pooled: bool = False) -> nn.Sequential:
-    """A classifier of all positions together."""
-    pool = Apply(lambda h: h.mean(1)) if pooled else nn.Flatten()
-    return nn.Sequential(nn.Tanh(), pool, nn.Linear(FEATURES * (1 if pooled else positions), 4))
-
-
 def both_forms(embed: nn.Module, rest: nn.Module) -> list[nn.Module]:
     return [nn.Sequential(embed, rest), nn.Sequential(OneHot(embed.weight), rest)]
 
@@ -189,11 +161,6 @@ def test_every_structure_is_that_of_a_linear_layer_on_one_hot_rows(kind, structu
     expected = kc.estimate(theirs, [indices], rules=other, **settings)
     pair = ("*", "*") if structure == "dense" else ("0", "0.linear")
     assert_same(found[pair[0]].to_dense(), expected[pair[1]].to_dense())
-
-
-def parameters_in_order(module: nn.Module) -> Tensor:
-    """Where the entries of the matrix (features x tokens) are in the weight."""
-    return torch.arange(TOKENS * FEATURES).reshape(TOKENS, FEATURES).T.flatten()
 
 
 def tokens_mask() -> Tensor:
@@ -355,157 +322,3 @@ def test_a_fisher_is_saved_and_loaded(structure, tmp_path):
     fisher = kc.estimate(model, [torch.randint(TOKENS, (5, 4))], "categorical", structure=structure)
     fisher.save(tmp_path / "fisher")
     assert_same(kc.Fisher.load(tmp_path / "fisher", model).to_dense(), fisher.to_dense())
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-
-def wrapped(model: nn.Module, **settings: Any) -> tuple[kc.KFAC, torch.optim.Optimizer]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    kfac = kc.KFAC(model, "categorical", **{"schedule": EVERY_STEP, "damping": 0.1, **settings})
-    kfac.attach(optimizer)
-    return kfac, optimizer
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> float:
-    optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(inputs), labels)
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-@pytest.mark.parametrize("rule", ["exact", "factored"])
-def test_a_step_solves_for_each_token_by_itself(rule):
-    model = nn.Sequential(embedding({}), head(4))
-    kfac = kc.KFAC(model, "categorical", damping=kc.Damping(0.1, rule=rule), schedule=EVERY_STEP)
-    indices, labels = torch.randint(TOKENS, (5, 4)), torch.randint(4, (5,))
-    outputs = model(indices)
-    kfac.update(outputs)
-    nn.functional.cross_entropy(outputs, labels).backward()
-    plain = model[0].weight.grad.clone()
-    kfac.precondition()
-    A, G = kfac.fisher()["0"].A, kfac.fisher()["0"].G
-    eye, root, pi = torch.eye(FEATURES), 0.1**0.5, (A.mean() / G.trace() * FEATURES).sqrt()
-    for token in range(TOKENS):
-        damped = A[token] * G + 0.1 * eye if rule == "exact" else (A[token] + pi * root) * (G + root / pi * eye)
-        assert_same(model[0].weight.grad[token], torch.linalg.solve(damped, plain[token]))
-
-
-MODELS = {
-    "embedding": lambda: nn.Sequential(embedding({}), head(4)),
-    "padding": lambda: nn.Sequential(embedding({"padding_idx": 0}), head(4)),
-    "max norm": lambda: nn.Sequential(embedding({"max_norm": 1.0}), head(4)),
-    "scaled gradient": lambda: nn.Sequential(embedding({"scale_grad_by_freq": True}), head(4)),
-    "bag": lambda: nn.Sequential(bag("mean", {}), head(1)),
-    "weighted bag": lambda: nn.Sequential(bag("sum", {"padding_idx": 3, "max_norm": 2.0}), head(1)),
-}
-
-
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_training_lowers_the_loss(model, sharing):
-    """A class is which tokens there are."""
-    model = model()
-    indices = torch.randint(TOKENS, (64, 4))
-    labels = (indices >= 4).sum(-1).clamp(max=3)
-    kfac, optimizer = wrapped(model, rules={"0": {"sharing": sharing}})
-    losses = [step(model, optimizer, indices, labels) for _ in range(25)]
-    assert losses[-1] < 0.6 * losses[0]
-    kfac.remove()
-
-
-@pytest.mark.parametrize("name", ["max norm", "weighted bag", "scaled gradient"])
-def test_a_captured_step_has_the_plain_gradient(name):
-    """The weight is renormalised in place in each of two forwards; the graph that scores go through is sound."""
-    model, plain = MODELS[name](), MODELS[name]()
-    plain.load_state_dict(model.state_dict())
-    kfac = kc.KFAC(model, "categorical", schedule=EVERY_STEP)
-    for _ in range(2):
-        indices, labels = torch.randint(TOKENS, (8, 4)), torch.randint(4, (8,))
-        outputs = model(indices)
-        kfac.update(outputs)
-        nn.functional.cross_entropy(outputs, labels).backward()
-        nn.functional.cross_entropy(plain(indices), labels).backward()
-    assert torch.equal(model[0].weight, plain[0].weight)
-    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
-    kfac.precondition()
-    assert not torch.equal(model[0].weight.grad, plain[0].weight.grad)
-
-
-def test_a_gradient_scaled_by_frequency_leaves_the_fisher_as_it_is():
-    model, other = MODELS["embedding"](), MODELS["scaled gradient"]()
-    other.load_state_dict(model.state_dict())
-    data, options = [torch.randint(TOKENS, (8, 4))], kc.Options(draws=[[torch.randint(4, (8,))]])
-    mine, theirs = (kc.estimate(one, data, "categorical", structure="ekfac", options=options) for one in (model, other))
-    assert_same(theirs.to_dense(), mine.to_dense())
-
-
-@pytest.mark.parametrize("name", ["embedding", "weighted bag"])
-def test_a_state_goes_on_bitwise(name):
-    indices, labels = torch.randint(TOKENS, (16, 4)), torch.randint(4, (16,))
-    schedule = kc.Schedule(factors=1, inverses=2)
-    model = MODELS[name]()
-    kfac, optimizer = wrapped(model, schedule=schedule)
-    for _ in range(3):
-        step(model, optimizer, indices, labels)
-    saved, parameters = kfac.state_dict(), {key: value.clone() for key, value in model.state_dict().items()}
-    again = MODELS[name]()
-    again.load_state_dict(parameters)
-    other, theirs = wrapped(again, schedule=schedule)
-    other.load_state_dict(saved)
-    for _ in range(3):
-        step(model, optimizer, indices, labels)
-        step(again, theirs, indices, labels)
-    assert torch.equal(model[0].weight, again[0].weight)
-
-
-@pytest.mark.parametrize("make", [lambda: embedding({}), lambda: bag("sum", {})])
-def test_a_model_in_half_precision_has_float32_factors(make):
-    model = nn.Sequential(make(), head(1)).to(torch.bfloat16)
-    block = kc.estimate(model, [torch.randint(TOKENS, (300, 1))], "categorical")["0"]
-    assert (block.A.dtype, block.G.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(block.A.sum(), torch.ones((), dtype=torch.float32))
-
-
-def test_under_autocast_frequencies_are_exact():
-    model = nn.Sequential(embedding({}), head(4)).float()
-    indices = torch.randint(TOKENS, (301, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        block = kc.estimate(model, [indices], "categorical")["0"]
-    expected = torch.bincount(indices.flatten(), minlength=TOKENS) / 1204
-    torch.testing.assert_close(block.A.double(), expected.double(), rtol=1e-6, atol=0)
-
-
-def test_a_batch_without_examples_changes_nothing():
-    model = nn.Sequential(embedding({"padding_idx": 0}), head(4))
-    indices, labels = torch.randint(TOKENS, (6, 4)), torch.randint(4, (6,))
-    found, expected = (
-        kc.estimate(model, data, "categorical", options=kc.Options(draws=draws))
-        for data, draws in (
-            ([indices[:0], indices], [[labels[:0]], [labels]]),
-            ([indices], [[labels]]),
-        )
-    )
-    assert_same(found.to_dense(), expected.to_dense())
-
-
-@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
-def test_an_interrupted_estimate_goes_on_bitwise(structure, tmp_path):
-    """Pairs that are kept are written with it."""
-    model = nn.Sequential(embedding({"padding_idx": 0}), head(4))
-    data = [torch.randint(TOKENS, (3, 4)) for _ in range(4)]
-
-    def estimated(batches: Any, partial: Any) -> kc.Fisher:
-        options = kc.Options(seed=3, partial=partial)
-        return kc.estimate(model, batches, "categorical", structure=structure, samples=2, options=options)
-
-    def broken() -> Any:
-        yield from data[:2]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        estimated(broken, tmp_path / "partial")
-    assert (tmp_path / "partial").exists()
-    found, expected = estimated(data, tmp_path / "partial"), estimated(data, None)
-    assert torch.equal(found["0"].to_dense(), expected["0"].to_dense())

@@ -65,6 +65,7 @@ def test_what_a_tensor_answers(rows):
     assert (tuple(whole.shape), whole.dtype, whole.device) == (rows.shape, rows.dtype, rows.device)
     same(dense(masked(rows, keep)), masked(whole, keep))
     same(dense(one_example(rows)), one_example(whole))
+    same(dense(one_example(rows).expand(3, -1, -1)), one_example(whole).expand(3, -1, -1))
     same(rows.sum(), whole.sum())
     same(dense(rows.sum(dim=-2)), whole.sum(dim=-2))
     pooled, counts = rows.sum(dim=-2), torch.rand(rows.shape[0], 1) + 1
