@@ -150,7 +150,7 @@ class Row:
     """One trainable parameter of a coverage table.
 
     ``form`` says by what it is covered: its layer's own 'kronecker' form, the 'universal' one, or 'none'. One that is
-    covered has a reason where the form is universal, or a side a diagonal.
+    covered has a reason where the form is universal, a side too large, or its kind has a remark.
     """
 
     path: str
