@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import Arrival, Call, Replays, by_call
 from .errors import CaptureError
-from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
 from .guards import (
     EagerForwards,
     kept_running_statistics,
@@ -28,7 +28,7 @@ from .guards import (
 from .heads import Sent
 from .hooks import Hook, Owner, in_backward
 from .layers import CompoundKind, kind_of
-from .layers.sharing import kept
+from .layers.sharing import both, kept
 from .layers.survey import Layer, layers_by_module
 from .statistics import LayerSums
 from .usage import used_functionally
@@ -209,8 +209,12 @@ class Capture:
         with torch.no_grad(), without_autocast(layer.like.device):
             if layer.gradient_sums is None:
                 make = partial(_itself, make())
-            keep = None if forward.positions is None else kept(forward.positions, *make().shape[-3:-1])
-            self._note(forward, layer, Use(Call([output]), module, keep), make)
+            use = Use(Call([output]), module, None)
+            if forward.positions is not None or layer.kind.looks_up:
+                a = make()
+                use.keep = both(kept(forward.positions, *a.shape[-3:-1]), layer.kind.present(module, a))
+                use.batch = a.shape[-3]
+            self._note(forward, layer, use, make)
 
     def _activations(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -271,6 +275,8 @@ class Capture:
             found, of_parameters = self._arrived(sent, [*edges, *(edge for _, edge in ends)])
             now = {index for (index, _), g in zip(ends, found[len(edges) :], strict=True) if g is not None}
             reached = reached_uses(uses, by_call(calls, found[: len(edges)]))
+            if self._wanted is not None and self._wanted.by_example:
+                reached = [(index, self._of_each(sent, one, examples)) for index, one in reached]
             del found
             now |= {index for index, *_ in reached}
             if not now:
@@ -341,13 +347,21 @@ class Capture:
             return found[: len(edges)], [(layer, _dense(layer, g)[None]) for layer, g in pairs if g is not None]
         found = self._gradients(sent.outputs, edges, sent.score)
         of_each: dict[str, list[Tensor]] = {}
-        for index in range(len(sent.score)):
-            score = torch.zeros_like(sent.score)
-            score[index] = sent.score[index]
+        for score in sent.one_by_one():
             for layer, g in zip(self._universal, self._gradients(sent.outputs, parameters, score), strict=True):
                 if g is not None:
                     of_each.setdefault(layer.name, []).append(_dense(layer, g))
         return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
+
+    def _of_each(self, sent: Sent, reached: tuple[Entry, Use, Tensor], examples: int) -> tuple[Entry, Use, Tensor]:
+        """The use of what all examples look up as one of each example, with the gradients of their own scores alone."""
+        entry, use, whole = reached
+        if not entry.layer.kind.looks_up or use.batch == examples:
+            return reached
+        edges, part = use.call.edges, entry.layer.part.name
+        found = (self._gradients(sent.outputs, edges, score) for score in sent.one_by_one())
+        each = [use.call.output_gradients(iter(one)).get(part, torch.zeros_like(whole)) for one in found]
+        return entry, use.of_each(examples), torch.stack(each)
 
     def _gradients(
         self, outputs: Tensor, edges: Sequence[GradientEdge] | Sequence[GradientEdge | Tensor], score: Tensor

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -15,7 +14,9 @@ from .errors import CaptureError
 from .layers.sharing import (
     expanded_gradient_moment,
     expanded_input_moment,
+    joined,
     masked,
+    one_example,
     pooled_inputs,
     reduced_input_moment,
 )
@@ -63,13 +64,26 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
 
 @dataclass
 class Use:
-    """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a."""
+    """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a.
+
+    ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up.
+    """
 
     call: Call
     module: nn.Module
     keep: Tensor | None
     #: The activations in the form of ``linalg.pairs``, where they are wanted.
     a: Callable[[], Tensor] | None = None
+    batch: int = 0
+
+    def of_each(self, examples: int) -> Use:
+        """Of inputs that all examples share: as if each had looked them up, all of them as its positions."""
+        keep, make = self.keep, self.a
+        return replace(
+            self,
+            keep=None if keep is None else one_example(keep),
+            a=None if make is None else lambda: one_example(make()).expand(examples, -1, -1),
+        )
 
 
 @dataclass
@@ -102,8 +116,8 @@ class Forward:
         """Add one call of a layer; ``make`` gives its activations [..., batch, positions, d_in]."""
         moments = wanted is None or layer.name in wanted.moments
         if wanted is not None and layer.name in wanted.pairs:
-            # Made here, so that all draws share one tensor.
-            pair = _homogeneous(layer, make(), use.keep)
+            # Made here, so that all draws share one tensor; of its own, whatever becomes of the input.
+            pair = _homogeneous(layer, make().clone(), use.keep)
             use.a = lambda: pair
         elif layer.gradient_sums is not None:
             # From what autograd holds for the backward anyway, and no copy of it until then.
@@ -124,6 +138,7 @@ def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool
         zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
         return zero, torch.ones_like(zero)
     a = _weighted(layer, make())
+    use.batch = a.shape[-3]
     if not moments:
         inputs = masked(a, use.keep).sum()
         return inputs, torch.ones_like(inputs)
@@ -140,8 +155,9 @@ def _weighted(layer: Layer, a: Tensor) -> Tensor:
 def _homogeneous(layer: Layer, a: Tensor, keep: Tensor | None) -> Tensor:
     """Activations in the form of ``linalg.pairs``: the feature 1 last where there is a bias, padded positions zero."""
     a = _weighted(layer, a)
-    ones = [a.new_ones(*a.shape[:-1], 1)] if layer.layout.bias is not None else []
-    return masked(torch.cat([a, *ones], dim=-1), keep)
+    if layer.layout.bias is not None:
+        a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+    return masked(a, keep)
 
 
 def reached_uses(
@@ -181,7 +197,7 @@ def add_gradients(
         if wanted is not None and layer.name in wanted.pairs and use.a is not None:
             uses.setdefault(layer.name, []).append(_pair(layer, use.a(), g, examples))
         if entry.moments and layer.gradient_sums is not None and use.a is not None:
-            own.setdefault(layer.name, (layer, []))[1].append(grouped_pair(use.a(), g, examples))
+            own.setdefault(layer.name, (layer, []))[1].append(_own_pair(layer, use.a(), g, examples))
             continue
         if not entry.moments:
             _accumulate(sums, layer, g.sum(), place)
@@ -189,9 +205,9 @@ def add_gradients(
         if layer.sharing == "expand":
             _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)
             continue
-        if g.shape[-3] != examples:
+        if use.batch != examples and not (layer.kind.looks_up and use.batch == 1):
             raise CaptureError(
-                f"layer '{layer.name}' with sharing='reduce' has {g.shape[-3]} entries along its first dimension, the "
+                f"layer '{layer.name}' with sharing='reduce' has {use.batch} entries along its first dimension, the "
                 f"outputs have {examples} examples along theirs: keep examples along dimension 0 of both, or use "
                 f"sharing='expand' for it."
             )
@@ -220,8 +236,10 @@ def add_gradients(
 
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     """(a, g) with dimension -3 counting examples: a weight gradient is squared only when all of an example is in it."""
-    if examples == 1:
-        return _one_example(a), _one_example(g)
+    # What all examples look up has the gradient of all of them, at drawn labels: as in the universal form, what is
+    # squared with it is on average the sum of the squares of each.
+    if examples == 1 or (layer.kind.looks_up and g.shape[-3] != examples):
+        return one_example(a), one_example(g)
     if g.shape[-3] != examples:
         raise CaptureError(
             f"layer '{layer.name}' has {g.shape[-3]} entries along its first dimension, the outputs have {examples} "
@@ -231,6 +249,11 @@ def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Te
     return a, g
 
 
+def _own_pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """The pair that the sums of a layer's own form are made of."""
+    return _pair(layer, a, g, examples) if layer.kind.looks_up else grouped_pair(a, g, examples)
+
+
 def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     """(a, g) with the entries that belong to one example as its positions, as far as their number tells.
 
@@ -238,26 +261,27 @@ def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     flattened batch-first or windows are. Entries of any other number stand for themselves. Whatever is grouped, labels
     are drawn independently, so that no product between two examples stays in expectation.
     """
-    if examples == 1:
-        return _one_example(a), _one_example(g)
     entries, positions = g.shape[-3:-1]
-    if entries != examples and positions == examples:
-        return tuple(rearrange(x, "... s n d -> ... n s d") for x in (a, g))  # type: ignore[return-value]
+    if examples == 1:
+        return one_example(a), one_example(g)
+    if entries == examples:
+        return a, g
+    if positions == examples:
+        return a.transpose(-3, -2), g.transpose(-3, -2)
     if examples and entries % examples == 0:
-        return tuple(rearrange(x, "... (n k) s d -> ... n (k s) d", n=examples) for x in (a, g))  # type: ignore[return-value]
+        runs = (examples, entries // examples)
+        return tuple(torch.unflatten(x, -3, runs).flatten(-3, -2) for x in (a, g))  # type: ignore[return-value]
     return a, g
-
-
-def _one_example(x: Tensor) -> Tensor:
-    return rearrange(x, "... n s d -> ... 1 (n s) d")
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The uses of a layer as positions of one."""
     if len(pairs) == 1:
         return pairs[0]
+    if len({g.shape[-3] for _, g in pairs}) > 1:
+        pairs = [(one_example(a), one_example(g)) for a, g in pairs]
     a, g = zip(*pairs, strict=True)
-    return torch.cat(a, dim=-2), torch.cat(g, dim=-2)
+    return joined(*a), joined(*g)
 
 
 def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place: Place) -> None:

@@ -52,6 +52,13 @@ class Sent:
     weight: float
     slot: int
 
+    def one_by_one(self) -> Iterator[Tensor]:
+        """The score of each example by itself, zero for the others."""
+        for index in range(len(self.score)):
+            score = torch.zeros_like(self.score)
+            score[index] = self.score[index]
+            yield score
+
 
 def slots_of(likelihood: Distribution, *, draws: int = 1, groups: int = 1) -> Slots:
     """The slots of a likelihood's heads and of ``groups`` groups that the label draws are dealt to in turn."""

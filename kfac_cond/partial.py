@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, StateError
 from .files import replaced
+from .linalg.sparse import SparseRows
 
 FORMAT = "kfac_cond.partial"
 VERSION = 2
@@ -66,7 +67,8 @@ class Partial:
     def _read(self, path: Path) -> dict[str, Any]:
         remedy = f"remove {path} to start anew"
         try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([SparseRows]):
+                held = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged archive makes of it
             reason = str(error).split("\n")[0][:120]
             raise StateError(f"{path} is no partial estimate, or is damaged ({reason}): {remedy}") from error

@@ -69,7 +69,7 @@ def test_what_has_a_kronecker_form():
     [
         ("slope.weight", "PReLU", "no Kronecker form"),
         ("raw", "Zoo", "no Kronecker form"),
-        ("embedding.weight", "Embedding", "'head.weight' and 'embedding.weight' are one weight in two roles"),
+        ("embedding.weight", "Embedding", "'embedding.weight' and 'head.weight' are one weight in two roles"),
         ("weight_norm.bias", "ParametrizedLinear", "parametrization"),
     ],
 )

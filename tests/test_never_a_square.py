@@ -125,6 +125,59 @@ def test_the_factored_rule_makes_no_square():
     assert largest.numel <= ALLOWED
 
 
+# -- inputs that are indices: nor anything of the size of all their one-hot rows --------------------------------------
+
+TOKENS, FEATURES, EXAMPLES, POSITIONS = 50_000, 4, 16, 8
+
+#: The weight's own matrix some times over, below one-hot rows of all positions, or of all examples.
+OF_INDICES = 3 * TOKENS * FEATURES
+assert EXAMPLES * TOKENS > OF_INDICES
+
+
+class Bigrams(nn.Module):
+    """Tokens one by one and in a bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, FEATURES, padding_idx=0)
+        self.bag = nn.EmbeddingBag(TOKENS, FEATURES, mode="mean", padding_idx=0)
+        self.head = nn.Linear(FEATURES * (POSITIONS + 1), 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.cat([self.embedding(tokens).flatten(1), self.bag(tokens)], -1))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(TOKENS, (EXAMPLES, POSITIONS))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", ["sampled", "forward_only"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "tkfac", "diagonal"])
+def test_an_estimate_forms_no_one_hot_rows(structure, kind, sharing, tokens):
+    rules = {"embedding": {"sharing": sharing}}
+    with Largest() as largest:
+        fisher = kc.estimate(Bigrams().float(), [tokens], "categorical", structure=structure, kind=kind, rules=rules)
+    assert largest.numel <= OF_INDICES
+    if structure != "diagonal":
+        assert [block.diagonal_sides for block in fisher.values()] == [("A",), ("A",), ()]
+
+
+@pytest.mark.parametrize("rule", ["factored", "exact"])
+def test_a_step_forms_no_one_hot_rows(rule, tokens):
+    model, criterion = Bigrams().float(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, criterion, damping=kc.Damping(0.1, rule=rule), schedule=EVERY_STEP)
+    kfac.attach(optimizer)
+    with Largest() as largest:
+        for _ in range(2):
+            criterion(model(tokens), torch.zeros(EXAMPLES, dtype=torch.long)).backward()
+            optimizer.step()
+        kfac.load_state_dict(kfac.state_dict())
+    assert largest.numel <= OF_INDICES
+
+
 def test_the_mode_sees_a_square():
     with Largest() as largest:
         functional.one_hot(torch.arange(3))

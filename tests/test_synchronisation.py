@@ -49,7 +49,31 @@ def transposed() -> nn.Sequential:
     )
 
 
-MODELS = {"linear": classifier, "convolution": convolutional, "transposed": transposed}
+def of_indices() -> nn.Sequential:
+    """Inputs turned into tokens, without reading them."""
+    tokens = Apply(lambda x: (x * 10).long() % 7)
+    bag = nn.Sequential(tokens, nn.EmbeddingBag(7, 4, padding_idx=1), nn.Tanh())
+    one = nn.Sequential(tokens, nn.Embedding(7, 4, padding_idx=0), Apply(lambda h: h.sum(1)))
+    return nn.Sequential(Both(bag, one), nn.Linear(8, 3))
+
+
+class Both(nn.Module):
+    """Two modules side by side."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+MODELS = {
+    "linear": classifier,
+    "convolution": convolutional,
+    "transposed": transposed,
+    "embedding": of_indices,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "factored": {},
     "exact": {"damping": kc.Damping(1e-2, rule="exact")},
@@ -127,6 +151,12 @@ def test_padding_on_the_meta_device():
 def test_an_estimate_on_the_meta_device(kind):
     fisher = kc.estimate(classifier().to("meta"), [torch.randn(5, 3)] * 2, "categorical", kind=kind)
     assert fisher["0"].G.is_meta
+
+
+@pytest.mark.parametrize("structure", ["kfac", "tkfac", "diagonal", "unit_wise", "block"])
+def test_an_estimate_of_embeddings_on_the_meta_device(structure):
+    fisher = kc.estimate(of_indices().to("meta"), [torch.randn(5, 3)] * 2, "categorical", structure=structure)
+    assert fisher.trace().is_meta
 
 
 def test_padding_reads_nothing():

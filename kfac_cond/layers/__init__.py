@@ -9,6 +9,7 @@ from .base import LayerKind, Override, Part
 from .bilinear import BilinearKind
 from .compound import CompoundKind
 from .convolution import ConvolutionKind, TransposedConvolutionKind
+from .embedding import EmbeddingBagKind, EmbeddingKind
 from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
@@ -22,6 +23,8 @@ KINDS: tuple[LayerKind, ...] = (
     ConvolutionKind(),
     TransposedConvolutionKind(),
     BilinearKind(),
+    EmbeddingKind(),
+    EmbeddingBagKind(),
     LayerNormKind(),
     RMSNormKind(),
     GroupNormKind(),
@@ -54,6 +57,8 @@ __all__ = [
     "BilinearKind",
     "CompoundKind",
     "ConvolutionKind",
+    "EmbeddingBagKind",
+    "EmbeddingKind",
     "GroupNormKind",
     "InstanceNormKind",
     "LayerKind",

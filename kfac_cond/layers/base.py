@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import WeightLayout
+from .rules import Sharing
 from .summed import GradientSums
 
 
@@ -58,6 +59,8 @@ class LayerKind(ABC):
     name: ClassVar[str]
     modules: ClassVar[tuple[type[nn.Module], ...]]
     methods: ClassVar[tuple[str, ...]] = ("forward",)
+    #: Whether one call may look up what all examples share (positions, say), so that no dimension counts examples.
+    looks_up: ClassVar[bool] = False
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
     #: How many operations of the graph take a parameter in at each call; None where that is not known.
@@ -94,7 +97,8 @@ class LayerKind(ABC):
     ) -> Tensor | None:
         """The activations of one call in ``dtype``; None where it was called with something else than it takes.
 
-        A kind of several inputs, or of inputs that are no real numbers, has its own.
+        A kind of several inputs, or of inputs that are no real numbers, has its own. One whose inputs are indices gives
+        ``SparseRows``, which answer as a tensor does.
         """
         given = (*args, *kwargs.values())
         if len(given) != 1 or not isinstance(given[0], Tensor):
@@ -108,6 +112,14 @@ class LayerKind(ABC):
     @abstractmethod
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """A gradient of the module's output as [batch, positions, d_out], or [groups, batch, positions, d_out]."""
+
+    def present(self, module: nn.Module, a: Tensor) -> Tensor | None:
+        """Which positions of its activations are there at all, [batch, positions, 1] bool; None for all of them."""
+        return None
+
+    def remark(self, module: nn.Module, sharing: Sharing) -> str:
+        """What to know of the form of such a layer beside the kind's name, for its row; empty for nothing."""
+        return ""
 
     def counts_groups(self, layout: WeightLayout) -> bool:
         """Whether the positions of each group are counted apart, by a constant feature that is summed in any case."""

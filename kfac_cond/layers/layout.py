@@ -36,6 +36,7 @@ class WeightLayout:
         transposed: the weight is stored as (d_in, d_out, *kernel) and the rows of a group are its second dimension;
             groups lie along the first.
         output_dims: how many dimensions of the weight count rows; they are the shape of the bias.
+        diagonal_inputs: of the input side the diagonal alone is kept, whatever its size.
     """
 
     weight: str | None
@@ -44,6 +45,7 @@ class WeightLayout:
     groups: int = 1
     transposed: bool = False
     output_dims: int = 1
+    diagonal_inputs: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,8 +110,15 @@ class WeightLayout:
                 [*groups, d].
         """
         *groups, d_out, d_in = self.matrix_shape
-        inputs, outputs = ((*groups, d) if d > max_factor_dim else (*groups, d, d) for d in (d_in, d_out))
+        diagonal = self.diagonal_sides(max_factor_dim)
+        inputs, outputs = ((*groups, d) if s in diagonal else (*groups, d, d) for s, d in (("A", d_in), ("G", d_out)))
         return inputs, outputs
+
+    def diagonal_sides(self, max_factor_dim: int = MAX_FACTOR_DIM) -> dict[str, int]:
+        """The sides 'A' and 'G' of a Kronecker product over the matrix that are kept as their diagonals, with sizes."""
+        sides = {"A": self.d_in, "G": self.d_out}
+        always = {"A"} if self.diagonal_inputs else set()
+        return {side: size for side, size in sides.items() if side in always or size > max_factor_dim}
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensors of ``names`` (gradients, directions, values) as one matrix of ``matrix_shape``."""

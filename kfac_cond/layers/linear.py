@@ -26,11 +26,11 @@ class LinearKind(LayerKind):
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """(batch, ..., d_in) as [batch, positions, d_in]."""
-        return _positions_in_the_middle(inputs)
+        return positions_in_the_middle(inputs)
 
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """(batch, ..., d_out) as [batch, positions, d_out]."""
-        return _positions_in_the_middle(gradient)
+        return positions_in_the_middle(gradient)
 
 
 class TransposedLinearKind(LinearKind):
@@ -60,7 +60,8 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") and hasattr(module, "nf")
 
 
-def _positions_in_the_middle(x: Tensor) -> Tensor:
+def positions_in_the_middle(x: Tensor) -> Tensor:
+    """(batch, ..., features) as [batch, positions, features]; (features,) as a single example."""
     if x.ndim == 1:
         x = x[None]
     # Not -1: it is ambiguous for a batch of size zero.

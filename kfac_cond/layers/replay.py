@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Part
-from .sharing import kept
+from .sharing import both, kept
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Replay:
             a = torch.cat([piece.a for piece in pieces], dim=-2)
             own = [piece.keep for piece in pieces if piece.keep is not None]
             keep = torch.cat(own, dim=-2) if own else None
-            return a, _both(keep, kept(positions, *a.shape[:2]))
+            return a, both(keep, kept(positions, *a.shape[:2]))
         keeps = []
         for piece in pieces:
-            keep = _both(piece.keep, kept(positions, *piece.a.shape[:2]))
+            keep = both(piece.keep, kept(positions, *piece.a.shape[:2]))
             keeps.append(piece.a.new_ones(*piece.a.shape[:2], 1, dtype=torch.bool) if keep is None else keep)
         return _stacked([piece.a for piece in pieces]), _stacked(keeps)
 
@@ -116,13 +116,6 @@ class Replay:
 
     def _in_order(self, name: str) -> list[_Piece]:
         return [piece for _, piece in sorted(self._pieces[name].items())]
-
-
-def _both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-    """Positions that are real by two masks, either of which may be absent."""
-    if mine is None or theirs is None:
-        return theirs if mine is None else mine
-    return mine & theirs
 
 
 def _stacked(pieces: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..linalg import sparse
 from ..linalg.moments import second_moment
 
 
@@ -40,6 +41,13 @@ def kept(positions: Tensor | None, batch: int, count: int) -> Tensor | None:
     return None
 
 
+def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    """Positions that are real by two masks, either of which may be absent."""
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    return mine & theirs
+
+
 def expanded_input_moment(
     a: Tensor, keep: Tensor | None, *, bias: bool, moment: Moment = second_moment
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +60,7 @@ def expanded_input_moment(
         bias: whether there is one.
         moment: how the outer products are summed.
     """
-    rows = rearrange(masked(a, keep), "... n s d -> ... (n s) d")
+    rows = masked(a, keep).flatten(-3, -2)
     if keep is None:
         return moment(rows, ones=bias), _count(a, rows.shape[-2])
     count = keep.sum(dim=(-3, -2, -1))
@@ -90,6 +98,17 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
 def expanded_gradient_moment(g: Tensor, moment: Moment = second_moment) -> Tensor:
     """The sum over examples and positions of g g^T; g is [..., batch, positions, d_out]."""
     return moment(rearrange(g, "... n s d -> ... (n s) d"))
+
+
+def one_example(x: Tensor) -> Tensor:
+    """[..., batch, positions, d] as the positions of a single example, [..., 1, batch * positions, d]."""
+    return x.flatten(-3, -2).unsqueeze(-3)
+
+
+@sparse.form(sparse.joined)
+def joined(first: Tensor, *others: Tensor) -> Tensor:
+    """The positions of the uses of a layer one after another."""
+    return torch.cat([first, *others], dim=-2)
 
 
 def _count(like: Tensor, number: int) -> Tensor:

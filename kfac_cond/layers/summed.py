@@ -13,7 +13,13 @@ from einops import rearrange
 from torch import Tensor
 
 from ..linalg.moments import of_unit_trace, second_moment, second_moment_diagonal
-from ..linalg.pairs import input_moment, input_moment_diagonal, squared_gradients
+from ..linalg.pairs import (
+    input_moment,
+    input_moment_diagonal,
+    output_moment,
+    output_moment_diagonal,
+    squared_gradients,
+)
 from .layout import WeightLayout
 
 
@@ -47,19 +53,19 @@ class GradientMoments(GradientSums):
 
     def of_pairs(self, a: Tensor, g: Tensor, layout: WeightLayout, max_factor_dim: int) -> Tensor:
         """Both from pairs, a side that is too large as its diagonal."""
-        C, R = (
-            (input_moment_diagonal if size > max_factor_dim else input_moment)(*pair)
-            for size, pair in ((layout.d_in, (a, g)), (layout.d_out, (g, a)))
-        )
+        diagonal = layout.diagonal_sides(max_factor_dim)
+        C = input_moment_diagonal(a, g) if "A" in diagonal else input_moment(a, g)
+        R = output_moment_diagonal(a, g) if "G" in diagonal else output_moment(a, g)
         return torch.cat([C.flatten(), R.flatten()])
 
     def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int) -> Tensor:
         """Both from gradients."""
+        diagonal = layout.diagonal_sides(max_factor_dim)
         C, R = (
-            (second_moment_diagonal if size > max_factor_dim else second_moment)(rows)
-            for size, rows in (
-                (layout.d_in, rearrange(V, "n ... o i -> ... (n o) i")),
-                (layout.d_out, rearrange(V, "n ... o i -> ... (n i) o")),
+            (second_moment_diagonal if side in diagonal else second_moment)(rows)
+            for side, rows in (
+                ("A", rearrange(V, "n ... o i -> ... (n o) i")),
+                ("G", rearrange(V, "n ... o i -> ... (n i) o")),
             )
         )
         return torch.cat([C.flatten(), R.flatten()])

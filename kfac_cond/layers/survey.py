@@ -66,8 +66,7 @@ class Layer:
         """The sides that are kept as their diagonals, 'A' or 'G', with their sizes."""
         if isinstance(self.gradient_sums, GradientSquares):
             return {}
-        sides = {"A": self.layout.d_in, "G": self.layout.d_out}
-        return {side: size for side, size in sides.items() if size > self.max_factor_dim}
+        return self.layout.diagonal_sides(self.max_factor_dim)
 
     @property
     def input_moment(self) -> Moment:
@@ -149,7 +148,7 @@ class Row:
     """One trainable parameter of a coverage table.
 
     ``form`` says by what it is covered: its layer's own 'kronecker' form, the 'universal' one, or 'none'. One that is
-    covered has a reason where the form is universal, or a side a diagonal.
+    covered has a reason where the form is universal, a side too large, or its kind has a remark.
     """
 
     path: str
@@ -367,6 +366,8 @@ def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[st
     path = join(places[0].owner, places[0].attribute)
     reason, remedy = _as_diagonals(layer)
     if layer.modules:
+        remarks = dict.fromkeys(layer.kind.remark(module, layer.sharing) for module in layer.modules)
+        reason = "; ".join(filter(None, (*remarks, reason)))
         return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
     said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
     reason, remedy = "; ".join(filter(None, (said, reason))), "; ".join(filter(None, (why[1], remedy)))
@@ -381,8 +382,9 @@ def _left_out(parameter: nn.Parameter, places: list[Use], reason: str, remedy: s
 
 
 def _as_diagonals(layer: Layer) -> tuple[str, str]:
-    """Which sides of a layer are kept as their diagonals, with the remedy; two empty texts where none is."""
-    sides = layer.diagonal_sides
+    """Which sides of a layer are too large to be kept whole, with the remedy; two empty texts where none is."""
+    always = layer.layout.diagonal_sides(layer.layout.numel)
+    sides = {side: size for side, size in layer.diagonal_sides.items() if side not in always}
     if not sides or layer.max_factor_dim == 1:
         return "", ""
     said = " and ".join(f"side {side} of {size:,}" for side, size in sides.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import sparse
 from .sides import Side, as_side
 
 
@@ -50,6 +51,7 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
     return bordered
 
 
+@sparse.form(sparse.second_moment_diagonal)
 def second_moment_diagonal(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
     """The diagonal of ``second_moment``, [..., d] or [..., d + 1], without the matrix; arguments as there."""
     squares = x.square().sum(dim=-2)

@@ -1,7 +1,8 @@
 """Sums over examples of functions of V_n = sum_s g_ns a_ns^T, from the pairs (a, g) themselves.
 
 Everywhere a is [..., n, s, i] and g is [..., n, s, o]: n examples, s positions, groups in front where there are any. A
-position that does not count has g = 0.
+position that does not count has g = 0. Activations that are known by their entries have forms of their own of what is
+asked of them, in ``linalg.sparse``, where nothing of the size of all their numbers is formed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from . import sparse
 from .moments import symmetrise
 
 MAX_ELEMENTS = 2**24
 """Elements of the per-example weight gradients that are held at a time, where they have to be formed."""
 
 
+@sparse.form(sparse.example_gradients)
 def example_gradients(a: Tensor, g: Tensor) -> Tensor:
     """V_n of every example, [..., n, o, i]."""
     return einsum(g, a, "... n s o, ... n s i -> ... n o i")
 
 
+@sparse.form(sparse.squared_gradients)
 def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
     """The sum over n of V_n squared entry by entry, [..., o, i]; with one position no V_n is formed."""
     if a.shape[-2] == 1:
@@ -33,6 +37,7 @@ def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
     return sums
 
 
+@sparse.form(sparse.row_moments)
 def row_moments(a: Tensor, g: Tensor) -> Tensor:
     """For each row o of V the sum over n of V_n[o] V_n[o]^T, [..., o, i, i], in the cheaper of two orders.
 
@@ -56,8 +61,7 @@ def row_moments(a: Tensor, g: Tensor) -> Tensor:
 def input_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
     """The sum over n of V_n^T G V_n, [..., i, i], in the cheaper of two orders.
 
-    Through the kernel g G g^T between positions, [n, s, s], or through V_n. The moment on the other side, the sum of
-    V_n A V_n^T, is ``input_moment(g, a, A)``.
+    Through the kernel g G g^T between positions, [n, s, s], or through V_n.
 
     Args:
         weight: G, [..., o, o]; None for the identity.
@@ -76,6 +80,23 @@ def input_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
     return symmetrise(moment)
 
 
+@sparse.form(sparse.output_moment)
+def output_moment(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sum over n of V_n A V_n^T, [..., o, o], as ``input_moment`` of the other side.
+
+    Args:
+        weight: A, [..., i, i]; None for the identity.
+    """
+    return input_moment(g, a, weight)
+
+
+@sparse.form(sparse.output_moment_diagonal)
+def output_moment_diagonal(a: Tensor, g: Tensor) -> Tensor:
+    """The diagonal of ``output_moment``, [..., o], without a matrix of that side."""
+    return input_moment_diagonal(g, a)
+
+
+@sparse.form(sparse.input_moment_diagonal)
 def input_moment_diagonal(a: Tensor, g: Tensor) -> Tensor:
     """The diagonal of ``input_moment``, [..., i], without a matrix of that side; in the cheaper of the two orders."""
     positions, d_out, d_in = a.shape[-2], g.shape[-1], a.shape[-1]

@@ -25,6 +25,8 @@ from ..linalg.pairs import (
     example_rows,
     input_moment,
     input_moment_diagonal,
+    output_moment,
+    output_moment_diagonal,
     rotated,
     row_moments,
     squared_gradients,
@@ -208,11 +210,10 @@ class TraceRestrictedCollector(Collector):
         self.C: Sums = {}
 
     def add(self, a: Tensor, g: Tensor, weight: float, slot: int) -> None:
-        of_A, of_G = (
-            input_moment_diagonal if d > self.max_factor_dim else input_moment
-            for d in (self.layout.d_in, self.layout.d_out)
-        )
-        add_to(self.R, slot, of_G(g, a), weight)
+        diagonal = self.layout.diagonal_sides(self.max_factor_dim)
+        of_A = input_moment_diagonal if "A" in diagonal else input_moment
+        of_G = output_moment_diagonal if "G" in diagonal else output_moment
+        add_to(self.R, slot, of_G(a, g), weight)
         add_to(self.C, slot, of_A(a, g), weight)
 
     def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
@@ -309,6 +310,11 @@ class NearestCollector(KeepingCollector):
     found: Tensor | None = None
 
     def limit_sides(self, max_factor_dim: int) -> None:
+        if self.layout.diagonal_inputs:
+            raise ArgumentError(
+                f"layer '{self.name}': structure='kpsvd' keeps both sides whole, and the layer's input side is known "
+                f"by its diagonal alone: use 'kfac', 'ekfac' or 'tkfac' for it, with structure='mixed' and a rule"
+            )
         largest = max(self.layout.d_in, self.layout.d_out)
         if largest > max_factor_dim:
             raise ArgumentError(
@@ -349,7 +355,7 @@ class NearestCollector(KeepingCollector):
 
     def _output_moment(self, A: Tensor, scales: Scales) -> Tensor:
         """The sum of V A V^T: the best G for an A of norm one."""
-        return self.total(lambda a, g: input_moment(g, a, A), scales)
+        return self.total(partial(output_moment, weight=A), scales)
 
 
 #: One word for a layer's storage.
@@ -467,7 +473,7 @@ class Joint:
 
     def take(self, pairs: Pairs, weight: float, slot: int) -> None:
         """Take in the pairs of one batch and score; a layer that no gradient reached has zeros."""
-        some, _ = next(iter(pairs.values()))
+        _, some = next(iter(pairs.values()))
         rows = [
             example_rows(*pairs[name]) if name in pairs else some.new_zeros(some.shape[-3], layout.numel)
             for name, layout in self.layouts.items()

@@ -196,7 +196,7 @@ def test_what_has_no_kronecker_form_says_what_to_do(module, path, remedy):
 @pytest.mark.parametrize(
     ("modules", "path", "pair"),
     [
-        ((nn.Embedding(4, 3), nn.Linear(3, 4)), "0.weight", "'1.weight' and '0.weight'"),
+        ((nn.Embedding(4, 3), nn.Linear(3, 4)), "0.weight", "'0.weight' and '1.weight'"),
         ((nn.Embedding(4, 3), nn.Linear(3, 4)), "1.bias", "'1.weight' and '0.weight'"),
         ((nn.Linear(3, 4), nn.Embedding(4, 3)), "0.weight", "'0.weight' and '1.weight'"),
         ((nn.Linear(3, 4), nn.Embedding(4, 3)), "0.bias", "'0.weight' and '1.weight'"),
