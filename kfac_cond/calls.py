@@ -9,9 +9,50 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .errors import ModelChangedError
 from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.replay import Replay
+from .layers.survey import Layer
+
+
+class OwnTensors:
+    """Tells the calls of layers on their own parameters from those on tensors that stand in for them.
+
+    ``torch.func.functional_call`` puts others in their places for one call: those of another model, or computed ones.
+
+    Args:
+        layers: as they were wrapped, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._layers = layers
+        self._own = {name: _identities(layer) for name, layer in layers.items()}
+
+    def at(self, layer: Layer) -> bool:
+        """Whether this layer has its own parameters now."""
+        return _identities(layer) == self._own[layer.name]
+
+    def everywhere(self) -> bool:
+        """Whether all layers have.
+
+        Raises:
+            ModelChangedError: one has other parameters, which may be there for good.
+        """
+        replaced = [layer for layer in self._layers.values() if not self.at(layer)]
+        for layer in replaced:
+            if all(isinstance(one, nn.Parameter) for one in layer.held):
+                layer.check_unchanged()
+                raise ModelChangedError(
+                    f"layer '{layer.name}' has other parameters than when it was wrapped. Call kfac.refresh() after "
+                    f"replacing parameters, as load_state_dict(assign=True) does; put a functional_call on the "
+                    f"parameters of another model under kfac.paused()."
+                )
+        return not replaced
+
+
+def _identities(layer: Layer) -> tuple[int, ...]:
+    return tuple(map(id, layer.held))
 
 
 class Arrival:

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .calls import Arrival, Call, Replays, by_call
+from .calls import Arrival, Call, OwnTensors, Replays, by_call
 from .errors import CaptureError
 from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
 from .guards import (
@@ -26,7 +26,7 @@ from .guards import (
     without_autocast,
 )
 from .heads import Head, Sent, divisors
-from .hooks import Hook, Owner, in_backward
+from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.sharing import kept
 from .layers.survey import Layer, layers_by_module
@@ -96,6 +96,9 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
+        self._own = OwnTensors(layers)
+        #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
+        self._recording = self._foreign = False
 
     def install(self) -> None:
         """Put the hooks on; a layer's is the first of its hooks, to see the output as the layer made it."""
@@ -112,10 +115,12 @@ class Capture:
                 self._handles.append(module.register_forward_pre_hook(hook(self._before)))
             after = hook(partial(listen, parts))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
-        if self._eager.needed:
-            self._handles.append(root.register_forward_hook(hook(self._eager.leave), always_call=True))
+        for layer in self._universal:
+            for module, _ in layer.places.values():
+                self._handles.append(module.register_forward_pre_hook(hook(partial(self._called, layer))))
         if self._heard is not None:
             self._handles.append(root.register_forward_hook(hook(self._end), with_kwargs=True))
+        self._handles.append(root.register_forward_hook(hook(self._close), always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off; nothing of them remains on the model."""
@@ -130,14 +135,32 @@ class Capture:
         self.spent.clear()
 
     def listening(self) -> bool:
-        """Whether a forward at this moment is captured: due, with gradients, and not a recomputation."""
-        return torch.is_grad_enabled() and not in_backward() and self._due()
+        """Whether a forward at this moment is captured: due, with an ordinary graph, on the model's own parameters."""
+        return leaves_graph() and not self._foreign and self._due()
+
+    def _hears(self, layer: Layer) -> bool:
+        """Whether a call of this layer at this moment is captured."""
+        self._called(layer)
+        return self.listening() and self._own.at(layer)
+
+    def _called(self, layer: Layer, *_: object) -> None:
+        """Refuse the call of a module that holds a parameter of the layer, where the graph leads past it."""
+        if self._recording and in_custom_function():
+            raise hidden(layer.name)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.listening():
+        self._foreign = False
+        self._foreign = self.listening() and not self._own.everywhere()
+        self._recording = self.listening()
+        if self._recording:
             self._eager.enter()
             del self.spent[:-MAX_SPENT]
             self._open(None if self._positions is None else self._positions(args, kwargs))
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the model's call, and after an exception in it too."""
+        self._eager.leave()
+        self._recording = self._foreign = False
 
     def _open(self, positions: Tensor | None) -> Forward:
         self.waiting = [forward for forward in self.waiting if forward.entries or forward.ends]
@@ -172,7 +195,7 @@ class Capture:
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Run a module of several parts again, and note what each of them was given."""
-        if not self.listening():
+        if not all(self._hears(layer) for layer in parts.values()):
             return
         for layer in parts.values():
             layer.check_unchanged()
@@ -195,9 +218,9 @@ class Capture:
     def _layer(
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.listening():
-            return
         layer = parts[""]
+        if not self._hears(layer):
+            return
         given = [*args, *kwargs.values()]
         if not isinstance(output, Tensor) or len(given) != 1 or not isinstance(given[0], Tensor):
             raise CaptureError(

@@ -1,7 +1,8 @@
-"""Which models can be wrapped: plain ones with a layer to cover, once."""
+"""Which models can be wrapped: plain ones with a layer to cover, once; and what is said of what is left out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from .errors import ArgumentError, AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
 from .layers.survey import Layer, Survey, survey
+
+logger = logging.getLogger("kfac_cond")
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -53,13 +56,53 @@ def detach(model: nn.Module) -> None:
         owner.remove()
 
 
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse a model with parts that hooks and gradients do not get through.
+
+    Raises:
+        CoverageError: it has a replicating or a quantised part.
+    """
+    for name, module in named_modules(model):
+        said = f"'{name or type(model).__name__}'"
+        if isinstance(module, nn.DataParallel):
+            raise CoverageError(
+                f"{said} is nn.DataParallel, whose replicas lose their hooks: use DistributedDataParallel, or the "
+                f"plain module"
+            )
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CoverageError(
+                f"{said} is a quantised {type(module).__name__}, whose weight does not train and through which no "
+                f"gradient goes back: expected layers in floating point. Quantise after training, or take the part of "
+                f"the model that trains"
+            )
+
+
+def name_left_out(found: Survey) -> None:
+    """Name the trainable parameters that are not covered, though no rule excludes them."""
+    left = [row for row in found.rows if not row.covered and row.path not in found.excluded]
+    if left:
+        logger.warning(
+            "%d of %d trainable parameters are not covered: %s. They have no block, and in training keep their plain "
+            "gradient.",
+            len(left),
+            len(found.rows),
+            "; ".join(f"{row.path} ({row.reason}: {row.remedy or 'exclude it by a rule'})" for row in left),
+        )
+
+
 def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey:
     """The layers of a model, at least one.
 
     Raises:
-        CoverageError: none is covered, or the model is nn.DataParallel.
+        CoverageError: none is covered, or the model has a part that cannot be captured.
         ArgumentError: a rule that does not fit.
     """
+    refuse_unfit(model)
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise CoverageError(
+            f"this {type(model).__name__} was compiled by its own compile(), which compiles the very call that is "
+            f"listened to: give KFAC what torch.compile(model) returns, and call that"
+        )
     found = survey(model, rules)
     if not found.layers:
         reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
@@ -70,12 +113,7 @@ def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey
                 f"rules: layer '{name}' has structure={layer.rule.structure!r}, expected 'kfac' for training: "
                 f"others are for kc.estimate(structure='mixed')"
             )
-    for name, module in named_modules(model):
-        if isinstance(module, nn.DataParallel):
-            raise CoverageError(
-                f"'{name or type(model).__name__}' is nn.DataParallel, whose replicas lose their hooks: use "
-                f"DistributedDataParallel, or the plain module"
-            )
+    name_left_out(found)
     return found
 
 
