@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
-from .errors import ModelChangedError
+from .errors import CaptureError, ModelChangedError
 from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.replay import Replay
@@ -135,6 +136,22 @@ def by_call(calls: Sequence[Call], found: Sequence[Tensor | None]) -> dict[Call,
     """The gradients of each call's parts, from those at the edges of all calls."""
     each = iter(found)
     return {call: call.output_gradients(each) for call in calls}
+
+
+def ends_of(outputs: Any) -> list[GradientEdge]:
+    """Where the gradients of a model's outputs arrive, of those that have a graph behind them."""
+    tensors = (one for one in tree_leaves(outputs) if isinstance(one, Tensor))
+    return [Arrival(one).edge for one in tensors if one.grad_fn is not None]
+
+
+def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
+    if gradient.layout is not torch.strided:
+        raise CaptureError(
+            f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
+            f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
+        )
+    return gradient
 
 
 class Replays:

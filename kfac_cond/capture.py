@@ -14,10 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .calls import Arrival, Call, OwnTensors, Replays, by_call
+from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
 from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
 from .guards import (
@@ -184,7 +183,7 @@ class Capture:
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._heard is not None and self.listening():
             if self._universal and self.waiting:
-                self.waiting[-1].ends = [Arrival(one).edge for one in tree_leaves(outputs) if _is_computed(one)]
+                self.waiting[-1].ends = ends_of(outputs)
             self._heard(args, kwargs, outputs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -346,7 +345,7 @@ class Capture:
         if self._wanted is None or not self._wanted.by_example:
             found = self._gradients(sent.outputs, [*edges, *parameters], sent.score)
             pairs = zip(self._universal, found[len(edges) :], strict=True)
-            return found[: len(edges)], [(layer, _dense(layer, g)[None]) for layer, g in pairs if g is not None]
+            return found[: len(edges)], [(layer, dense_gradient(layer, g)[None]) for layer, g in pairs if g is not None]
         found = self._gradients(sent.outputs, edges, sent.score)
         of_each: dict[str, list[Tensor]] = {}
         for index in range(len(sent.score)):
@@ -354,7 +353,7 @@ class Capture:
             score[index] = sent.score[index]
             for layer, g in zip(self._universal, self._gradients(sent.outputs, parameters, score), strict=True):
                 if g is not None:
-                    of_each.setdefault(layer.name, []).append(_dense(layer, g))
+                    of_each.setdefault(layer.name, []).append(dense_gradient(layer, g))
         return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
 
     def _gradients(
@@ -406,18 +405,3 @@ def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, inv
     examples = heads[0].likelihood.examples(heads[0].outputs)
     finite, nonfinite = check_finite(sums)
     return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
-
-
-def _is_computed(output: Any) -> bool:
-    """Whether this is a tensor with a graph behind it."""
-    return isinstance(output, Tensor) and output.grad_fn is not None
-
-
-def _dense(layer: Layer, gradient: Tensor) -> Tensor:
-    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
-    if gradient.layout is not torch.strided:
-        raise CaptureError(
-            f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
-            f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
-        )
-    return gradient

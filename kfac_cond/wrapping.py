@@ -79,14 +79,14 @@ def refuse_unfit(model: nn.Module) -> None:
 
 def name_left_out(found: Survey) -> None:
     """Name the trainable parameters that are not covered, though no rule excludes them."""
-    left = [row for row in found.rows if not row.covered and row.path not in found.excluded]
+    left = [row for row in found.rows if row.remedy and not row.covered and row.path not in found.excluded]
     if left:
         logger.warning(
             "%d of %d trainable parameters are not covered: %s. They have no block, and in training keep their plain "
             "gradient.",
             len(left),
             len(found.rows),
-            "; ".join(f"{row.path} ({row.reason}: {row.remedy or 'exclude it by a rule'})" for row in left),
+            "; ".join(f"{row.path} ({row.reason}: {row.remedy})" for row in left),
         )
 
 
