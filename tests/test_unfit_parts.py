@@ -187,6 +187,7 @@ def test_an_expert_without_a_row_keeps_its_gradient_in_training_and_the_numbers_
         assert parameters_of(model).isfinite().all()
         used = {0: "6 of 8", 2: "8 of 8"}[int(routes[0])]
         assert f"inverses of {used} layers" in str(kfac)
+        assert kfac.metrics()["kfac/plain_layers"] == {0: 2, 2: 0}[int(routes[0])]
 
 
 @EVERY_WAY
