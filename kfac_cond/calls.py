@@ -8,10 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
+from .errors import CaptureError, ModelChangedError
 from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.replay import Replay
+from .layers.survey import Layer
+
+
+class OwnTensors:
+    """Tells the calls of layers on their own parameters from those on tensors that stand in for them.
+
+    ``torch.func.functional_call`` puts others in their places for one call: those of another model, or computed ones.
+
+    Args:
+        layers: as they were wrapped, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._layers = layers
+        self._own = {name: _identities(layer) for name, layer in layers.items()}
+
+    def at(self, layer: Layer) -> bool:
+        """Whether this layer has its own parameters now."""
+        return _identities(layer) == self._own[layer.name]
+
+    def everywhere(self) -> bool:
+        """Whether all layers have.
+
+        Raises:
+            ModelChangedError: one has other parameters, which may be there for good.
+        """
+        replaced = [layer for layer in self._layers.values() if not self.at(layer)]
+        for layer in replaced:
+            if all(isinstance(one, nn.Parameter) for one in layer.held):
+                layer.check_unchanged()
+                raise ModelChangedError(
+                    f"layer '{layer.name}' has other parameters than when it was wrapped. Call kfac.refresh() after "
+                    f"replacing parameters, as load_state_dict(assign=True) does; put a functional_call on the "
+                    f"parameters of another model under kfac.paused()."
+                )
+        return not replaced
+
+
+def _identities(layer: Layer) -> tuple[int, ...]:
+    return tuple(map(id, layer.held))
 
 
 class Arrival:
@@ -94,6 +136,22 @@ def by_call(calls: Sequence[Call], found: Sequence[Tensor | None]) -> dict[Call,
     """The gradients of each call's parts, from those at the edges of all calls."""
     each = iter(found)
     return {call: call.output_gradients(each) for call in calls}
+
+
+def ends_of(outputs: Any) -> list[GradientEdge]:
+    """Where the gradients of a model's outputs arrive, of those that have a graph behind them."""
+    tensors = (one for one in tree_leaves(outputs) if isinstance(one, Tensor))
+    return [Arrival(one).edge for one in tensors if one.grad_fn is not None]
+
+
+def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
+    if gradient.layout is not torch.strided:
+        raise CaptureError(
+            f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
+            f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
+        )
+    return gradient
 
 
 class Replays:

@@ -14,10 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .calls import Arrival, Call, Replays, by_call
+from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
 from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
 from .guards import (
@@ -26,7 +25,7 @@ from .guards import (
     without_autocast,
 )
 from .heads import Sent
-from .hooks import Hook, Owner, in_backward
+from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.sharing import both, kept
 from .layers.survey import Layer, layers_by_module
@@ -97,6 +96,9 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
+        self._own = OwnTensors(layers)
+        #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
+        self._recording = self._foreign = False
 
     def install(self) -> None:
         """Put the hooks on; a layer's is the first of its hooks, to see the output as the layer made it."""
@@ -113,10 +115,12 @@ class Capture:
                 self._handles.append(module.register_forward_pre_hook(hook(self._before)))
             after = hook(partial(listen, parts))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
-        if self._eager.needed:
-            self._handles.append(root.register_forward_hook(hook(self._eager.leave), always_call=True))
+        for layer in self._universal:
+            for module, _ in layer.places.values():
+                self._handles.append(module.register_forward_pre_hook(hook(partial(self._called, layer))))
         if self._heard is not None:
             self._handles.append(root.register_forward_hook(hook(self._end), with_kwargs=True))
+        self._handles.append(root.register_forward_hook(hook(self._close), always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off; nothing of them remains on the model."""
@@ -131,14 +135,32 @@ class Capture:
         self.spent.clear()
 
     def listening(self) -> bool:
-        """Whether a forward at this moment is captured: due, with gradients, and not a recomputation."""
-        return torch.is_grad_enabled() and not in_backward() and self._due()
+        """Whether a forward at this moment is captured: due, with an ordinary graph, on the model's own parameters."""
+        return leaves_graph() and not self._foreign and self._due()
+
+    def _hears(self, layer: Layer) -> bool:
+        """Whether a call of this layer at this moment is captured."""
+        self._called(layer)
+        return self.listening() and self._own.at(layer)
+
+    def _called(self, layer: Layer, *_: object) -> None:
+        """Refuse the call of a module that holds a parameter of the layer, where the graph leads past it."""
+        if self._recording and in_custom_function():
+            raise hidden(layer.name)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.listening():
+        self._foreign = False
+        self._foreign = self.listening() and not self._own.everywhere()
+        self._recording = self.listening()
+        if self._recording:
             self._eager.enter()
             del self.spent[:-MAX_SPENT]
             self._open(None if self._positions is None else self._positions(args, kwargs))
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the model's call, and after an exception in it too."""
+        self._eager.leave()
+        self._recording = self._foreign = False
 
     def _open(self, positions: Tensor | None) -> Forward:
         self.waiting = [forward for forward in self.waiting if forward.entries or forward.ends]
@@ -162,7 +184,7 @@ class Capture:
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._heard is not None and self.listening():
             if self._universal and self.waiting:
-                self.waiting[-1].ends = [Arrival(one).edge for one in tree_leaves(outputs) if _is_computed(one)]
+                self.waiting[-1].ends = ends_of(outputs)
             self._heard(args, kwargs, outputs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -173,7 +195,7 @@ class Capture:
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Run a module of several parts again, and note what each of them was given."""
-        if not self.listening():
+        if not all(self._hears(layer) for layer in parts.values()):
             return
         for layer in parts.values():
             layer.check_unchanged()
@@ -197,10 +219,8 @@ class Capture:
     def _layer(
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.listening():
-            return
         layer = parts[""]
-        if isinstance(output, Tensor) and not output.requires_grad:
+        if not self._hears(layer) or (isinstance(output, Tensor) and not output.requires_grad):
             return
         layer.check_unchanged()
         self.fired.add(layer.name)
@@ -209,7 +229,7 @@ class Capture:
         with torch.no_grad(), without_autocast(layer.like.device):
             if layer.gradient_sums is None:
                 make = partial(_itself, make())
-            use = Use(Call([output]), module, None)
+            use = Use(Call([output]), module, None, numbers=output.numel())
             if forward.positions is not None or layer.kind.looks_up:
                 a = make()
                 use.keep = both(kept(forward.positions, *a.shape[-3:-1]), layer.kind.present(module, a))
@@ -344,13 +364,13 @@ class Capture:
         if self._wanted is None or not self._wanted.by_example:
             found = self._gradients(sent.outputs, [*edges, *parameters], sent.score)
             pairs = zip(self._universal, found[len(edges) :], strict=True)
-            return found[: len(edges)], [(layer, _dense(layer, g)[None]) for layer, g in pairs if g is not None]
+            return found[: len(edges)], [(layer, dense_gradient(layer, g)[None]) for layer, g in pairs if g is not None]
         found = self._gradients(sent.outputs, edges, sent.score)
         of_each: dict[str, list[Tensor]] = {}
         for score in sent.one_by_one():
             for layer, g in zip(self._universal, self._gradients(sent.outputs, parameters, score), strict=True):
                 if g is not None:
-                    of_each.setdefault(layer.name, []).append(_dense(layer, g))
+                    of_each.setdefault(layer.name, []).append(dense_gradient(layer, g))
         return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
 
     def _of_each(self, sent: Sent, reached: tuple[Entry, Use, Tensor], examples: int) -> tuple[Entry, Use, Tensor]:
@@ -380,18 +400,3 @@ class Capture:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _is_computed(output: Any) -> bool:
-    """Whether this is a tensor with a graph behind it."""
-    return isinstance(output, Tensor) and output.grad_fn is not None
-
-
-def _dense(layer: Layer, gradient: Tensor) -> Tensor:
-    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
-    if gradient.layout is not torch.strided:
-        raise CaptureError(
-            f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
-            f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
-        )
-    return gradient

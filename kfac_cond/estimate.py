@@ -22,6 +22,7 @@ from .partial import Partial, digest_of_model
 from .passes import Pass, checked_batches
 from .statistics import Statistics
 from .structures import COLLECTORS, Fisher, Joint, LayerByLayer
+from .wrapping import name_left_out, refuse_unfit
 
 logger = logging.getLogger("kfac_cond")
 
@@ -176,6 +177,7 @@ def _check(
     options: Options,
 ) -> None:
     check_module(model)
+    refuse_unfit(model)
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     mixed = any(word.name == "mixed" for word in words)
@@ -221,7 +223,10 @@ def _check_again(first: Statistics, second: Statistics) -> None:
 
 
 def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[str, Layer]:
-    found, options = survey(request.model, request.rules, functional=functional).layers, request.options
+    surveyed, options = survey(request.model, request.rules, functional=functional), request.options
+    found = surveyed.layers
+    if options.layers is None and not functional:
+        name_left_out(surveyed)
     if request.kind == "forward_only":
         found = _with_inputs(found)
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers

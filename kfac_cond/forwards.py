@@ -66,7 +66,8 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
 class Use:
     """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a.
 
-    ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up.
+    ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up; ``numbers``
+    how many there are in what was returned, none where an expert was given no row.
     """
 
     call: Call
@@ -75,6 +76,7 @@ class Use:
     #: The activations in the form of ``linalg.pairs``, where they are wanted.
     a: Callable[[], Tensor] | None = None
     batch: int = 0
+    numbers: int = 1
 
     def of_each(self, examples: int) -> Use:
         """Of inputs that all examples share: as if each had looked them up, all of them as its positions."""
@@ -136,7 +138,8 @@ def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool
     """What one call adds to the inputs of an entry, and to their count."""
     if moments and layer.gradient_sums is not None:
         zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
-        return zero, torch.ones_like(zero)
+        present = torch.full_like(zero, min(use.numbers, 1))
+        return zero, present if use.keep is None else present * use.keep.any()
     a = _weighted(layer, make())
     use.batch = a.shape[-3]
     if not moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -18,27 +19,59 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
+class _EagerStance:
+    """The compiler's stance, one for all threads: plain Python while anybody asks for it, then as it was."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asking = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._asking == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._asking += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._asking -= 1
+            if self._asking == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = _EagerStance()
+
+
 class EagerForwards:
     """Runs compiled parts of a model as plain Python during some forwards: in compiled code inner hooks do not fire.
 
     Args:
-        model: looked through once; without compiled parts nothing is ever done.
+        model: looked through at each such forward, since parts may be compiled at any time; without compiled parts
+            nothing is done.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        #: Whether the model has compiled parts.
-        self.needed = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
-        self._entered: list[Any] = []
+        self._model = model
+        self._inside = False
 
     def enter(self) -> None:
         """From now on, eagerly."""
-        if self.needed:
-            self._entered.append(torch.compiler.set_stance("force_eager"))
+        if not self._inside and any(map(is_compiled, self._model.modules())):
+            _EAGER.enter()
+            self._inside = True
 
-    def leave(self, *_: object) -> None:
-        """As it was before the last ``enter``; a hook, called after an exception too."""
-        if self._entered:
-            self._entered.pop().__exit__(None, None, None)
+    def leave(self) -> None:
+        """As it was before ``enter``, if that did anything."""
+        if self._inside:
+            _EAGER.leave()
+            self._inside = False
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run compiled: of ``torch.compile(module)``, ``module.compile()``, or its forward."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 RandomState = tuple[torch.device, Tensor, Tensor | None]
@@ -115,6 +148,9 @@ def kept_state(model: nn.Module) -> Iterator[None]:
 
 
 def _put_back(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
-    """The same tensor with the same values, whether it was changed in place or replaced."""
-    buffer.data.copy_(value)
+    """The same tensor with the same values, whether it was changed in place, resized or replaced."""
+    if buffer.shape == value.shape:
+        buffer.data.copy_(value)
+    else:
+        buffer.data = value
     module._buffers[name] = buffer

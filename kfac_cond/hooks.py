@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .errors import CaptureError
+
 
 class Owner(Protocol):
     """Whoever puts hooks on a model."""
@@ -58,3 +60,30 @@ def hook_owners(model: nn.Module) -> Iterator[Owner]:
 def in_backward() -> bool:
     """Whether this thread is inside an autograd backward, as a recomputation of activation checkpointing is."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def leaves_graph() -> bool:
+    """Whether what this thread computes now leaves an ordinary graph: with gradients, and no part of anything else.
+
+    A recomputation inside a backward is not, nor a call inside ``torch.func.grad``, ``vmap`` and the like, whose
+    tensors stand for others.
+    """
+    return torch.is_grad_enabled() and not in_backward() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def in_custom_function() -> bool:
+    """Whether this thread is inside the forward of somebody's autograd function, as reentrant checkpointing is one.
+
+    Torch runs it with gradients and with forward-mode differentiation off; ``no_grad`` puts off the first alone, and
+    ``inference_mode`` says so itself. Whether gradients were on outside of it is not to be seen from within.
+    """
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def hidden(name: str) -> CaptureError:
+    """The error for a module that is called there."""
+    return CaptureError(
+        f"'{name}' was called inside an autograd function of its own, as reentrant activation checkpointing is one: no "
+        f"gradient of its output is to be seen there. Checkpoint with use_reentrant=False, or leave it out "
+        f"(rules={{'{name}': dict(exclude=True)}}, or requires_grad_(False))."
+    )

@@ -62,7 +62,7 @@ def implicit(
 
     Raises:
         ArgumentError: data that can be gone through only once.
-        CoverageError: nothing trainable, or sharded parameters.
+        CoverageError: nothing trainable, or sharded, complex, sparse or quantised weights.
         LikelihoodError: at a product, where the outputs or labels do not fit the likelihood.
 
     Examples:
@@ -128,7 +128,7 @@ class Whole:
 
     Raises:
         ArgumentError: data or labels that can be gone through only once, or a kind without a backward.
-        CoverageError: no such parameter, or sharded ones.
+        CoverageError: no such parameter, or sharded, complex, sparse or quantised ones.
     """
 
     def __init__(self, request: Request, names: Collection[str]) -> None:

@@ -291,6 +291,7 @@ class Intake:
         replaceable: bool = False,
     ) -> bool:
         """Send the heads' scores back and keep the statistics; False where no forward of ours was reached."""
+        before = self.draws.state()
         generators = {
             head.name: self.draws.generators(step=self._step(), count=1, device=head.outputs.device, head=index)
             for index, head in enumerate(heads)
@@ -304,6 +305,8 @@ class Intake:
             self.capture, heads, scores, slots=self.slots, invalid=invalid, again=again, replaceable=replaceable
         )
         if statistics is None:
+            # Nobody's labels: those of the next outputs are what they would have been.
+            self.draws.load_state(before)
             return False
         self.functional |= functional
         if again:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, CoverageError, NumericalError
 from .guards import EagerForwards, kept_state
 from .heads import Head, bound_to_batch, divisors, invalid_targets, meaningful, picked, require_targets
-from .hooks import hook_owners
+from .hooks import Hook, hidden, hook_owners, in_custom_function
 from .kinds import Expectation, counts_of, labels_out_of_range, require_examples, require_terms
 from .layers.naming import join, named_modules
+from .layers.survey import survey
 from .options import Request
 from .output_fisher import OfLikelihood, OfScores, OutputFisher
 from .statistics import Slots
+from .wrapping import refuse_unfit
 
 logger = logging.getLogger("kfac_cond")
 
@@ -78,7 +81,7 @@ class Linearised:
 
     Raises:
         ArgumentError: a module that is none, or data that can be gone through only once.
-        CoverageError: nothing trainable, or sharded parameters.
+        CoverageError: nothing trainable, or parameters (sharded, complex, sparse) or parts (quantised) that do not fit.
     """
 
     def __init__(self, request: Request, names: Collection[str] | None = None) -> None:
@@ -90,7 +93,8 @@ class Linearised:
                 f"data is {type(data).__name__}, which can be gone through once, and every product goes through the "
                 "data: pass a list, a loader, or a function that yields the batches"
             )
-        while isinstance(model, DistributedDataParallel | DataParallel):
+        refuse_unfit(model)
+        while isinstance(model, DistributedDataParallel):
             model = model.module
         self.model, self.data, self.likelihood = model, data, request.likelihood
         self.picks = request.options.data or Data()
@@ -107,6 +111,8 @@ class Linearised:
         self._number, self._examples = 0, 0
         self._fishers: tuple[OutputFisher, ...] = ()
         self._called = _Called(model)
+        #: The modules that hold a parameter, by name.
+        self._holders = {name: module for name, module in named_modules(model) if _held_in(module, self.parameters)}
         self._raw = {id(p): name for name, p in self._called.named_parameters()}
 
     @property
@@ -318,6 +324,8 @@ class Linearised:
             for owner in hook_owners(self.model):
                 stack.enter_context(owner.paused())
             stack.enter_context(kept_state(self.model))
+            for name, module in self._holders.items():
+                stack.callback(module.register_forward_pre_hook(Hook(partial(_refuse_hidden, name))).remove)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.enable_grad())
             eager.enter()
@@ -333,10 +341,22 @@ class Linearised:
             torch.get_device_module(self.device).manual_seed(seed)
 
 
+def _held_in(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a module holds one of the parameters itself."""
+    return any(p is one for p in module._parameters.values() for one in parameters.values())
+
+
+def _refuse_hidden(name: str, *_: object) -> None:
+    """Before the call of a module that holds a parameter."""
+    if in_custom_function():
+        raise hidden(name)
+
+
 def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
     """Trainable parameters by canonical name, each once, in the order of the modules; of those in ``names``."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
+    refused = {row.path: row for row in survey(model).rows if not row.covered and row.remedy}
     for owner, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
@@ -345,8 +365,9 @@ def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.
             name = join(owner, attribute)
             if names is not None and name not in names:
                 continue
-            if hasattr(parameter, "full_tensor"):
-                raise CoverageError(f"'{name}' is a sharded DTensor: take the Fisher before sharding")
+            if name in refused:
+                row = refused[name]
+                raise CoverageError(f"'{name}' has no place in the Fisher: {row.reason}; {row.remedy}, or freeze it")
             found[name] = parameter
     if not found:
         among = "" if names is None else " that is not excluded"

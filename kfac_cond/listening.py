@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .data import Data
 from .errors import CaptureError, KFACError, LikelihoodError
 from .heads import Distribution, Head, bound_to_batch, picked, require_targets
-from .hooks import Hook, in_backward
+from .hooks import Hook, leaves_graph
 from .likelihoods import as_likelihood, from_criterion, heard_call
 
 Heard = Callable[[Sequence[Head]], None]
@@ -80,7 +79,7 @@ class Listener:
             self._handle = None
 
     def _criterion(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (torch.is_grad_enabled() and not in_backward() and self._due()):
+        if not (leaves_graph() and self._due()):
             return
         try:
             outputs, targets = heard_call(module, args, kwargs)
@@ -127,8 +126,9 @@ class Listener:
         if not forwards:
             return CaptureError(
                 "factors are due at this step, but no forward of the wrapped model with gradients enabled was seen: "
-                "call the model that was given to KFAC itself (not a copy, and not a version compiled after wrapping), "
-                "outside kfac.paused()."
+                "call the model that was given to KFAC itself, outside kfac.paused(): not a copy, not a version of it "
+                "compiled since (compile first, and give KFAC what torch.compile(model) returns), not inside "
+                "torch.func.grad or vmap, and not by functional_call on other tensors."
             )
         if self.criterion is not None:
             return CaptureError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, NumericalError, StateError
 from .forwards import Pairs, Wanted
 from .gathering import counted, gathered
-from .guards import kept_state, without_autocast
+from .guards import EagerForwards, kept_state, without_autocast
 from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
 from .hooks import hook_owners
 from .kinds import Expectation, counts_of, facts, labels_out_of_range, require_terms
@@ -97,6 +98,10 @@ class Pass:
             for owner in hook_owners(self.model):
                 stack.enter_context(owner.paused())
             stack.enter_context(kept_state(self.model))
+            # All calls are ours here, so that a model which hides its own call by compiling it is heard as well.
+            eager = EagerForwards(self.model)
+            eager.enter()
+            stack.callback(eager.leave)
             stack.callback(lambda: self.capture.remove())
             self.capture.install()
             yield
@@ -143,7 +148,13 @@ class Pass:
         if total is None:
             raise ArgumentError("data yielded no batch: an iterator that was used up already? Pass a list or a loader.")
         self.expectation.finish()
-        return total
+        return self._used(total)
+
+    @staticmethod
+    def _used(total: Statistics) -> Statistics:
+        """Without the layers that were called on no position at all, as an expert that no row was routed to."""
+        layers = {name: sums for name, sums in total.layers.items() if sums.A_count.is_meta or bool(sums.A_count > 0)}
+        return replace(total, layers=layers)
 
     # How far a pass got ----------------------------------------------------------------------------------------------
 
@@ -314,7 +325,9 @@ class Pass:
         """Name the layers that never took part, and refuse data in which a head has no valid term."""
         missing = [name for name in self.layers if name not in total.layers]
         if missing:
-            logger.warning("layers that never took part in a forward have no block: %s", ", ".join(missing))
+            logger.warning(
+                "layers that never took part in a forward, or on no position, have no block: %s", ", ".join(missing)
+            )
         require_terms(self.slots, total.divisor)
 
 

@@ -147,12 +147,17 @@ class KFAC:
         return coverage_of_wrapped(self._surveyed(), self.layers, self._intake.missing)
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
+        """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
+
+        ``plain_layers`` counts the layers whose gradients are left as they are: those that were not used so far, or on
+        no position, and those that wait for more draws.
+        """
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
             "kfac/skipped_captures": self._factors.health.skipped_captures,
             "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
+            "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
         }
         if self._scale is not None:
             metrics["kfac/trust_region_scale"] = self._scale

@@ -1,7 +1,8 @@
-"""Which models can be wrapped: plain ones with a layer to cover, once."""
+"""Which models can be wrapped: plain ones with a layer to cover, once; and what is said of what is left out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import nn
@@ -11,6 +12,8 @@ from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
 from .layers.survey import Layer, Survey
+
+logger = logging.getLogger("kfac_cond")
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -52,21 +55,56 @@ def detach(model: nn.Module) -> None:
         owner.remove()
 
 
-def require_covering(model: nn.Module, found: Survey) -> None:
-    """Refuse a model in which no layer was found, or whose hooks would be lost.
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse a model with parts that hooks and gradients do not get through.
 
     Raises:
-        CoverageError: none is covered, or the model is nn.DataParallel.
+        CoverageError: it has a replicating or a quantised part.
     """
+    for name, module in named_modules(model):
+        said = f"'{name or type(model).__name__}'"
+        if isinstance(module, nn.DataParallel):
+            raise CoverageError(
+                f"{said} is nn.DataParallel, whose replicas lose their hooks: use DistributedDataParallel, or the "
+                f"plain module"
+            )
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CoverageError(
+                f"{said} is a quantised {type(module).__name__}, whose weight does not train and through which no "
+                f"gradient goes back: expected layers in floating point. Quantise after training, or take the part of "
+                f"the model that trains"
+            )
+
+
+def name_left_out(found: Survey) -> None:
+    """Name the trainable parameters that are not covered, though no rule excludes them."""
+    left = [row for row in found.rows if row.remedy and not row.covered and row.path not in found.excluded]
+    if left:
+        logger.warning(
+            "%d of %d trainable parameters are not covered: %s. They have no block, and in training keep their plain "
+            "gradient.",
+            len(left),
+            len(found.rows),
+            "; ".join(f"{row.path} ({row.reason}: {row.remedy})" for row in left),
+        )
+
+
+def require_covering(model: nn.Module, found: Survey) -> None:
+    """Refuse a model in which no layer was found, or whose calls cannot be listened to; name what is not covered.
+
+    Raises:
+        CoverageError: none is covered, or the model has a part that cannot be captured.
+    """
+    refuse_unfit(model)
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise CoverageError(
+            f"this {type(model).__name__} was compiled by its own compile(), which compiles the very call that is "
+            f"listened to: give KFAC what torch.compile(model) returns, and call that"
+        )
     if not found.layers:
         reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
         raise CoverageError(f"{type(model).__name__} has no layer that KFAC covers ({reasons})")
-    for name, module in named_modules(model):
-        if isinstance(module, nn.DataParallel):
-            raise CoverageError(
-                f"'{name or type(model).__name__}' is nn.DataParallel, whose replicas lose their hooks: use "
-                f"DistributedDataParallel, or the plain module"
-            )
+    name_left_out(found)
 
 
 def require_unchanged(model: nn.Module, now: Mapping[str, Layer], layers: Mapping[str, Layer]) -> None:

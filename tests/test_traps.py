@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -220,26 +219,76 @@ def test_checkpointing_in_the_estimate():
     assert_factors(found, {name: (block.A, block.G) for name, block in expected.items()})
 
 
-def test_reentrant_checkpointing_around_the_path_is_refused_by_name():
-    with pytest.raises(kc.CaptureError, match="use_reentrant=False"):
-        checkpointed_step("reentrant")
+class First(nn.Module):
+    """Its first layer, or a parameter that a module of no kind holds, inside reentrant checkpointing."""
+
+    def __init__(self, *, inside: nn.Module, needs: bool) -> None:
+        super().__init__()
+        self.inside, self.head, self.needs = inside, nn.Linear(3, 3), needs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.needs:
+            x = x.clone().requires_grad_()
+        return self.head(checkpoint(self.inside, x, use_reentrant=True))
 
 
-def test_reentrant_checkpointing_of_the_first_layers_is_named(caplog):
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(checkpoint(self.inside, x, use_reentrant=True))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
 
-    model, criterion, inputs = First(), nn.CrossEntropyLoss(), torch.randn(6, 3, requires_grad=True)
-    with caplog.at_level(logging.WARNING, logger="kfac_cond"):
-        fisher = stepped(model, criterion, lambda kfac: criterion(model(inputs), torch.randint(3, (6,))).backward())
-    assert list(fisher) == ["head"]
-    assert "inside" in caplog.text
-    assert "use_reentrant=False" in caplog.text
+
+REENTRANT = {
+    "around the path": lambda: Checkpointed(how="reentrant").eval(),
+    "first": lambda: First(inside=nn.Linear(3, 3), needs=True),
+    "first, without a gradient": lambda: First(inside=nn.Linear(3, 3), needs=False),
+    "of a parameter": lambda: First(inside=nn.PReLU(3), needs=True),
+    "of an attention": lambda: First(inside=Attention(), needs=True),
+}
+
+
+def kfac_step(model: nn.Module, inputs: Tensor) -> None:
+    criterion = nn.CrossEntropyLoss()
+    stepped(model, criterion, lambda kfac: criterion(model(inputs), torch.randint(3, (6,))).backward())
+
+
+ASKED = {
+    "kfac": kfac_step,
+    "estimate": lambda model, inputs: kc.estimate(model, [inputs], "categorical"),
+    "dense": lambda model, inputs: kc.estimate(model, [inputs], "categorical", structure="dense", kind="exact"),
+    "implicit": lambda model, inputs: kc.implicit(model, [inputs], "categorical").to_dense(),
+    "gram": lambda model, inputs: kc.gram(model, [inputs], "categorical"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("make", REENTRANT.values(), ids=REENTRANT)
+def test_reentrant_checkpointing_is_refused_by_name(make, asked):
+    """Its layers would have no gradient, or zero; also where nothing before it has one, so that no graph is there."""
+    with pytest.raises(kc.CaptureError, match=r"'(second|norm|inside[\w.]*)' was called inside .*use_reentrant=False"):
+        ASKED[asked](make(), torch.randn(6, 3))
+
+
+def test_an_excluded_layer_may_be_checkpointed_reentrantly():
+    model, inputs = First(inside=nn.Linear(3, 3), needs=True), torch.randn(6, 3)
+    fisher = kc.estimate(model, [inputs], "categorical", rules={"inside": {"exclude": True}})
+    a = torch.cat([model.inside(inputs), torch.ones(6, 1)], 1)
+    assert_same(fisher["head"].A, (a.T @ a / 6).detach())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_evaluation_and_paused_forwards_may_be_checkpointed_reentrantly(without):
+    model, inputs = First(inside=nn.Linear(3, 3), needs=False), torch.randn(6, 3)
+    kfac = kc.KFAC(model, "categorical")
+    with without():
+        model(inputs)
+    with kfac.paused():
+        model(inputs).sum().backward()
 
 
 # -- torch.compile ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import kfac_cond as kc
@@ -88,6 +89,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "weight norm": (lambda: parametrised(nn.utils.parametrizations.weight_norm), features),
     "old weight norm": (lambda: parametrised(nn.utils.weight_norm), features),
     "spectral norm": (lambda: parametrised(nn.utils.parametrizations.spectral_norm).eval(), features),
+    "old spectral norm": (lambda: parametrised(nn.utils.spectral_norm).eval(), features),
+    "orthogonal": (lambda: parametrised(nn.utils.parametrizations.orthogonal), features),
+    "pruned": (lambda: parametrised(lambda layer: prune.l1_unstructured(layer, "weight", 5)), features),
     "PReLU": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 3)), features),
     "two biases": (tied_with_two_biases, features),
     "standardised": (
@@ -166,7 +170,7 @@ def test_a_few_steps_stay_finite_and_leave_no_trace(case):
 
 def _normed(module: nn.Module) -> bool:
     """Whether the module has a hook of torch's own."""
-    return hasattr(module, "weight_g")
+    return hasattr(module, "weight_g") or hasattr(module, "weight_orig")
 
 
 def test_a_compiled_model_is_captured_as_it_is():

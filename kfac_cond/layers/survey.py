@@ -108,9 +108,14 @@ class Layer:
         return {name: parameter for name in self.layout.names if (parameter := held.get(name)) is not None}
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What is in the places of its parameters now, frozen or not."""
+        return tuple(self._held.values())
+
+    @property
     def like(self) -> Tensor:
         """One of its parameters, frozen or not, for where it is and its dtype."""
-        return next(iter(self._held.values()))
+        return self.held[0]
 
     @property
     def _held(self) -> dict[str, nn.Parameter]:
