@@ -172,7 +172,7 @@ class Survey:
     excluded: frozenset[str]
 
 
-_OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
+_OWN_KIND = "a LayerKind of your own (kc.register_layer)"
 
 
 def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None) -> Survey:
