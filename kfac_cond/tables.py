@@ -16,6 +16,8 @@ def table(
 ) -> str:
     """Rows under a head; what is too long in the first column goes on below it, at a dot.
 
+    Where the terminal is too narrow for that, each row is a name with a paragraph below it.
+
     Args:
         head: the names of the columns.
         rows: a cell a column.
@@ -25,16 +27,15 @@ def table(
     numbers = {note: f"[{number}]" for number, note in enumerate(dict.fromkeys(filter(None, notes)), start=1)}
     cells = [(*row, numbers.get(note, "")) for row, note in zip(rows, notes, strict=True)]
     head = (*head, "")
-    widths = [max(len(row[column]) for row in (head, *cells)) for column in range(len(head))]
     wide = shutil.get_terminal_size((120, 24)).columns
-    widths[0] = min(widths[0], max(SHORTEST, wide - sum(widths[1:]) - 2 * (len(head) - 1)))
-    lines = [_line(head, widths, right)]
-    lines.append("-" * min(wide, sum(widths) + 2 * (len(head) - 1)))
-    for first, *others in cells:
-        parts = _parts(first, widths[0])
-        lines += [_line((parts[0], *others), widths, right), *parts[1:]]
+    widths = [max(len(row[column]) for row in (head, *cells)) for column in range(len(head))]
+    first = wide - sum(widths[1:]) - 2 * (len(head) - 1)
+    if first >= min(SHORTEST, widths[0]):
+        lines = _columns(head, cells, [min(widths[0], first), *widths[1:]], right)
+    else:
+        lines = [line for row in cells for line in _paragraph(head, row, wide)]
     for note, number in numbers.items():
-        lines += textwrap.wrap(f"{number} {note}", max(wide, 40), subsequent_indent=" " * (len(number) + 1))
+        lines += textwrap.wrap(f"{number} {note}", wide, subsequent_indent=" " * (len(number) + 1))
     return "\n".join(lines)
 
 
@@ -53,6 +54,21 @@ def _scaled(number: int, base: int, units: Sequence[str]) -> str:
     while value >= base and index < len(units) - 1:
         value, index = value / base, index + 1
     return f"{value:.0f} {units[0]}" if index == 0 else f"{value:.1f} {units[index]}"
+
+
+def _columns(
+    head: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int], right: Collection[int]
+) -> list[str]:
+    lines = [_line(head, widths, right), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+    for name, *others in rows:
+        start, *rest = _parts(name, widths[0])
+        lines += [_line((start, *others), widths, right), *rest]
+    return lines
+
+
+def _paragraph(head: Sequence[str], row: Sequence[str], wide: int) -> list[str]:
+    said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(head[1:], row[1:], strict=True) if cell)
+    return [*_parts(row[0], wide), *textwrap.wrap(said, wide, initial_indent="    ", subsequent_indent="    ")]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -> str:
