@@ -28,36 +28,45 @@ class Plan:
 
 
 def factor_bytes(layer: Layer, plan: Plan) -> int:
-    """Bytes of the moving averages of A and of G, and of their weights."""
-    weight = layer.weight
-    of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim)
+    """Bytes of the moving averages of what is summed for A and for G, with the weights that divide them."""
+    of_A, of_G = layer.sum_shapes
     numbers = prod(of_A) + plan.heads * prod(of_G)
-    return numbers * statistic_dtype(weight.dtype).itemsize + (1 + plan.heads) * count_dtype(weight.device).itemsize
+    # Of layers that wait for several draws of labels these are counted, and their squares.
+    counts = 1 + plan.heads + 2 * (layer.kind.draws_needed > 1)
+    return numbers * statistic_dtype(layer.like.dtype).itemsize + counts * count_dtype(layer.like.device).itemsize
 
 
 def inverse_bytes(layer: Layer, plan: Plan) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
-    sides = layer.layout.side_shapes(layer.max_factor_dim)
     if plan.rule == "exact":
         # The basis of a diagonal side is the identity, which is not held.
-        kept = [shape for shape, d in zip(sides, _sizes(layer), strict=True) if d <= layer.max_factor_dim]
+        kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
         numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
     else:
-        numbers = sum(map(prod, sides))
-    return numbers * statistic_dtype(layer.weight.dtype).itemsize
+        numbers = sum(map(prod, _sides(layer)))
+    return numbers * statistic_dtype(layer.like.dtype).itemsize
 
 
 def refresh_flops(layer: Layer, plan: Plan) -> int:
     """Floating-point operations of inverting both sides."""
-    return layer.layout.groups * sum(
-        _CUBIC[plan.rule] * d**3 if d <= layer.max_factor_dim else d for d in _sizes(layer)
+    return sum(
+        prod(shape) * (_CUBIC[plan.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
     )
 
 
-def capture_flops(layer: Layer, positions: int) -> int:
-    """Floating-point operations of adding the products of ``positions`` rows to A and to G, for one draw of labels."""
-    return 2 * positions * layer.layout.groups * sum(d**2 if d <= layer.max_factor_dim else d for d in _sizes(layer))
+def capture_flops(layer: Layer, rows: int) -> int:
+    """Floating-point operations of adding the outer products of ``rows`` rows to A and to G, for one draw of labels.
+
+    In the universal form the rows are those of the parameter's gradient, whatever the batch.
+    """
+    of_each = (rows, rows) if layer.modules else (layer.layout.d_out, layer.layout.d_in)
+    return 2 * sum(count * prod(shape) for count, shape in zip(of_each, _sides(layer), strict=True))
 
 
-def _sizes(layer: Layer) -> tuple[int, int]:
-    return layer.layout.d_in, layer.layout.d_out
+def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return layer.layout.side_shapes(layer.max_factor_dim)
+
+
+def _is_whole(layer: Layer, shape: tuple[int, ...]) -> bool:
+    """Whether a side of this shape is a matrix, not a diagonal."""
+    return len(shape) == len(layer.layout.matrix_shape)

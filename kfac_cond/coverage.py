@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checks import check_module
 from .costs import Plan, capture_flops, factor_bytes, inverse_bytes, refresh_flops
-from .data import call_model
 from .errors import CoverageError
-from .guards import EagerForwards, kept_state
-from .hooks import hook_owners
 from .layers.survey import Layer, Row, survey
-from .tables import in_bytes, in_flops, table
+from .tables import fitted, in_bytes, in_flops, table
+from .uses import Used, uses_in_forward
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,9 @@ class CoverageRow(Row):
         factor_bytes: of the averages of A and G; a capture that waits for its step holds as much once more.
         inverse_bytes: of what gradients are preconditioned with.
         refresh_flops: operations of one refresh of the inverses.
-        uses: how often a forward calls the layer; None where no batch was given, or the form has no calls.
-        capture_flops: operations of adding the batch to A and G; None where ``uses`` is.
+        uses: how often a forward calls the layer's module; None where no batch was given, and in the universal form.
+        capture_flops: operations of adding the batch to A and G for one draw of labels; None where no batch was given,
+            and where ``reason`` says why the call cannot be captured.
     """
 
     layer: str = ""
@@ -79,7 +76,7 @@ class Coverage:
 
     @property
     def covered(self) -> int:
-        """Number of trainable numbers that a block covers."""
+        """Number of trainable numbers that a layer's block covers."""
         return sum(row.parameters for row in self.rows if row.covered)
 
     @property
@@ -104,7 +101,7 @@ class Coverage:
 
     @property
     def capture_flops(self) -> int | None:
-        """Operations of adding the batch to the factors of all layers that it used; None without a batch."""
+        """Operations of adding the batch to the factors of all layers, for one draw; None without a batch."""
         counted = [row.capture_flops for row in self.rows if row.capture_flops is not None]
         return sum(counted) if counted else None
 
@@ -116,7 +113,7 @@ class Coverage:
         """
         others = [row for row in self.rows if row.form != "kronecker"]
         if others:
-            named = "\n".join(f"  {row.path} ({row.kind}): {row.reason}. {row.remedy}".rstrip() for row in others)
+            named = "\n".join(f"  {row.path} ({row.kind}): {_note(row)}" for row in others)
             raise CoverageError(
                 f"{len(others)} of {len(self.rows)} parameters are not covered by a form of their own, and strict=True "
                 f"asks for that. Write a kind for their modules (kc.register_layer), or leave out strict:\n{named}"
@@ -137,37 +134,71 @@ class Coverage:
         return pandas.DataFrame([asdict(row) for row in self.rows])
 
     def __str__(self) -> str:
-        head = ("parameter", "kind", "form", "numbers", "in x out", "structure", "factors", "inverses", "uses")
-        cells = [_cells(row) for row in self.rows]
-        notes = [". ".join(part for part in (row.reason, row.remedy) if part) for row in self.rows]
-        return "\n".join((table(head, cells, notes, right={3, 4, 6, 7, 8}), *self._totals()))
+        lines = [_Line.of(rows) for rows in _by_layer(self.rows)]
+        called = any(row.uses is not None for row in self.rows)
+        head = ("parameter", "kind", "form", "in x out", "structure", "factors", "inverses", *["uses"] * called)
+        cells, notes = [line.cells[: len(head)] for line in lines], [line.note for line in lines]
+        return "\n".join((table(head, cells, notes, right={3, 5, 6, 7}), *map(fitted, self._totals())))
 
     def _totals(self) -> Iterable[str]:
-        yield f"{self.covered:,} of {self.parameters:,} trainable numbers are covered: {100 * self.share:.2f} %"
+        universal = sum(row.parameters for row in self.rows if row.form == "universal")
         yield (
-            f"held: {in_bytes(self.factor_bytes)} of factors, {in_bytes(self.inverse_bytes)} of inverses; "
-            f"a refresh takes {in_flops(self.refresh_flops)}"
-            + ("" if self.capture_flops is None else f", the factors of this batch {in_flops(self.capture_flops)}")
+            f"{self.covered:,} of {self.parameters:,} trainable numbers are covered: {100 * self.share:.2f} %"
+            + (f", {universal:,} of them in the universal form" if universal else "")
+        )
+        yield (
+            f"memory: {in_bytes(self.factor_bytes)} of factors, {in_bytes(self.inverse_bytes)} of inverses, and "
+            f"{in_bytes(self.factor_bytes)} from a capture to its step"
+        )
+        of_batch = self.capture_flops
+        yield (
+            f"a refresh of the inverses takes {in_flops(self.refresh_flops)}"
+            + ("" if of_batch is None else f", the factors of this batch {in_flops(of_batch)} a draw")
         )
 
     def __repr__(self) -> str:
         return f"Coverage(share={self.share:.4f}, rows={len(self.rows)})"
 
 
-def _cells(row: CoverageRow) -> tuple[str, ...]:
-    """A row as text."""
-    known = (row.path, row.kind, row.form, f"{row.parameters:,}")
-    if not row.d_in:
-        return (*known, "", "", "", "", "")
-    size = f"{row.d_in:,} x {row.d_out:,}"
-    return (
-        *known,
-        size if row.groups == 1 else f"{row.groups:,} of {size}",
-        row.structure,
-        in_bytes(row.factor_bytes),
-        in_bytes(row.inverse_bytes),
-        "" if row.uses is None else f"{row.uses:,}",
-    )
+@dataclass(frozen=True)
+class _Line:
+    """The parameters of one layer as text, or one that no layer covers."""
+
+    cells: tuple[str, ...]
+    note: str
+
+    @classmethod
+    def of(cls, rows: Sequence[CoverageRow]) -> _Line:
+        first, *others = rows
+        path = ", ".join((first.path, *(_beside(first.path, row.path) for row in others)))
+        if first.covered:
+            size = f"{first.d_in:,} x {first.d_out:,}"
+            size = size if first.groups == 1 else f"{first.groups:,} of {size}"
+            costs = in_bytes(first.factor_bytes), in_bytes(first.inverse_bytes)
+        else:
+            size, costs = f"{first.parameters:,} numbers", ("", "")
+        uses = "" if first.uses is None else f"{first.uses:,}"
+        return cls((path, first.kind, first.form, size, first.structure, *costs, uses), _note(first))
+
+
+def _by_layer(rows: Iterable[CoverageRow]) -> list[list[CoverageRow]]:
+    """Rows of one layer together, where the first of them stands; each that no layer covers by itself."""
+    found: dict[tuple[bool, str], list[CoverageRow]] = {}
+    for row in rows:
+        found.setdefault((row.covered, row.layer if row.covered else row.path), []).append(row)
+    # The numbers of a layer are in the row of its weight, wherever that stands.
+    return [sorted(of_one, key=lambda row: not row.d_in) for of_one in found.values()]
+
+
+def _beside(first: str, path: str) -> str:
+    """A parameter's name after that of another one: the last part of it, where both are in one module."""
+    owner, _, attribute = path.rpartition(".")
+    return attribute if owner == first.rpartition(".")[0] else path
+
+
+def _note(row: Row) -> str:
+    """Why a parameter is not covered, or what is to be known of it, and what to do."""
+    return "; remedy: ".join(part for part in (row.reason, row.remedy) if part)
 
 
 def coverage(
@@ -184,8 +215,8 @@ def coverage(
 
     Args:
         model: any module.
-        batch: what a loader yields. With it the model is run once, without gradients, to count what is used; buffers
-            and the random state are the same afterwards.
+        batch: what a loader yields. With it the model is run once, as in training, to count what is used; buffers and
+            the random state are the same afterwards.
         rules: settings by pattern, as for ``KFAC``.
         strict: refuse a model of which anything is not covered by a form of its layer's own.
 
@@ -204,7 +235,8 @@ def coverage(
     """
     check_module(model)
     found = survey(model, rules)
-    costed = _costed(found.rows, found.layers, Plan(), _uses(model, found.layers, batch))
+    used = None if batch is None else uses_in_forward(model, found.layers, batch)
+    costed = _costed(found.rows, found.layers, Plan(), used)
     return costed.require_own_forms() if strict else costed
 
 
@@ -230,79 +262,58 @@ def coverage_of_wrapped(
         return [path for name in names if name in fresh.layers for path in fresh.layers[name].layout.names]
 
     changed = [name for name, layer in fresh.layers.items() if layers.get(name) != layer]
-    found = _costed(fresh.rows, fresh.layers, plan, {}).without(
+    found = _costed(fresh.rows, fresh.layers, plan, None).without(
         parameters(changed), "its layer changed since it was wrapped", "kfac.refresh()"
     )
     silent = ("no score has reached its layer", "see the warning of the first capture; exclude it if that is meant")
     return found.without(parameters(unreached), *silent)
 
 
-def _costed(
-    rows: Iterable[Row], layers: Mapping[str, Layer], plan: Plan, uses: Mapping[str, tuple[int, int]]
-) -> Coverage:
-    """Rows with the costs of their layers; ``uses`` are (calls, positions) by layer."""
+def _costed(rows: Iterable[Row], layers: Mapping[str, Layer], plan: Plan, used: Mapping[str, Used] | None) -> Coverage:
+    """Rows with the costs of their layers; ``used`` is what one forward used, or None where none was run."""
     layer_of = {path: layer for layer in layers.values() for path in layer.layout.names}
-    return Coverage(tuple(_costed_row(row, layer_of.get(row.path), plan, uses) for row in rows))
+    return Coverage(tuple(_costed_row(row, layer_of.get(row.path), plan, used) for row in rows))
 
 
-def _costed_row(row: Row, layer: Layer | None, plan: Plan, uses: Mapping[str, tuple[int, int]]) -> CoverageRow:
+def _costed_row(row: Row, layer: Layer | None, plan: Plan, used: Mapping[str, Used] | None) -> CoverageRow:
     plain = CoverageRow(**{field.name: getattr(row, field.name) for field in fields(row)})
     if layer is None:
         return plain
     named = replace(plain, layer=layer.name, structure=layer.rule.structure or "kfac")
     if row.path != layer.layout.names[0]:
         return named
-    calls, positions = uses.get(layer.name, (None, None))
-    if calls == 0 and not row.reason:
-        named = replace(named, reason="not called in this forward", remedy="none needed where others call it")
-    return replace(
-        named,
-        d_in=layer.layout.d_in,
-        d_out=layer.layout.d_out,
-        groups=layer.layout.groups,
-        factor_bytes=factor_bytes(layer, plan),
-        inverse_bytes=inverse_bytes(layer, plan),
-        refresh_flops=refresh_flops(layer, plan),
-        uses=calls,
-        capture_flops=None if positions is None else capture_flops(layer, positions),
+    return _with_uses(
+        replace(
+            named,
+            d_in=layer.layout.d_in,
+            d_out=layer.layout.d_out,
+            groups=layer.layout.groups,
+            factor_bytes=factor_bytes(layer, plan),
+            inverse_bytes=inverse_bytes(layer, plan),
+            refresh_flops=refresh_flops(layer, plan),
+        ),
+        layer,
+        used,
     )
 
 
-# -- what one forward uses --------------------------------------------------------------------------------------------
+def _with_uses(row: CoverageRow, layer: Layer, used: Mapping[str, Used] | None) -> CoverageRow:
+    """The row with what one forward used of its layer."""
+    if used is None:
+        return row
+    mine = used.get(layer.name, _UNCALLED)
+    reason, remedy = row.reason, row.remedy
+    if mine.refused:
+        reason, remedy = mine.refused, ""
+    elif mine.calls == 0 and layer.modules:
+        reason = "; ".join(filter(None, ("not called in this forward", reason)))
+    return replace(
+        row,
+        reason=reason,
+        remedy=remedy,
+        uses=mine.calls if layer.modules else None,
+        capture_flops=None if mine.refused else capture_flops(layer, mine.rows),
+    )
 
 
-def _uses(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -> dict[str, tuple[int, int]]:
-    """By layer the number of calls in one forward, and the positions they add to the factors; none without a batch."""
-    if batch is None:
-        return {}
-    counts = {name: (0, 0) for name, layer in layers.items() if layer.modules}
-
-    def count(name: str, module: nn.Module, output: Any) -> None:
-        calls, positions = counts[name]
-        counts[name] = (calls + 1, positions + _positions(layers[name], module, output))
-
-    eager = EagerForwards(model)
-    with ExitStack() as stack:
-        for owner in hook_owners(model):
-            stack.enter_context(owner.paused())
-        stack.enter_context(kept_state(model))
-        for name in counts:
-            for module in dict.fromkeys(layers[name].modules):
-                # In front of the hooks of others, which may put something else in the place of the output.
-                handle = module.register_forward_hook(
-                    lambda module, args, output, name=name: count(name, module, output), prepend=True
-                )
-                stack.callback(handle.remove)
-        eager.enter()
-        stack.callback(eager.leave)
-        stack.enter_context(torch.no_grad())
-        call_model(model, batch)
-    return counts
-
-
-def _positions(layer: Layer, module: nn.Module, output: Any) -> int:
-    """The rows that one call adds to A and to G."""
-    if not isinstance(output, Tensor):
-        return 0
-    shape = layer.kind.output_gradients(module, output.detach().to("meta")).shape
-    return shape[-3] * shape[-2] if layer.sharing == "expand" else shape[-3]
+_UNCALLED = Used()

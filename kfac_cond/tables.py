@@ -24,19 +24,24 @@ def table(
         notes: a text for each row, or an empty one. Equal ones are written once, below the table, under a number.
         right: the columns that are aligned to the right.
     """
+    wide = _terminal()
     numbers = {note: f"[{number}]" for number, note in enumerate(dict.fromkeys(filter(None, notes)), start=1)}
     cells = [(*row, numbers.get(note, "")) for row, note in zip(rows, notes, strict=True)]
     head = (*head, "")
-    wide = shutil.get_terminal_size((120, 24)).columns
     widths = [max(len(row[column]) for row in (head, *cells)) for column in range(len(head))]
     first = wide - sum(widths[1:]) - 2 * (len(head) - 1)
     if first >= min(SHORTEST, widths[0]):
         lines = _columns(head, cells, [min(widths[0], first), *widths[1:]], right)
     else:
-        lines = [line for row in cells for line in _paragraph(head, row, wide)]
+        lines = [line for row in cells for line in _paragraph(head, row, wide, right)]
     for note, number in numbers.items():
         lines += textwrap.wrap(f"{number} {note}", wide, subsequent_indent=" " * (len(number) + 1))
     return "\n".join(lines)
+
+
+def fitted(text: str) -> str:
+    """A text in lines that fit."""
+    return textwrap.fill(text, _terminal(), subsequent_indent="    ")
 
 
 def in_bytes(number: int) -> str:
@@ -47,6 +52,10 @@ def in_bytes(number: int) -> str:
 def in_flops(number: int) -> str:
     """A number of floating-point operations likewise."""
     return _scaled(number, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def _terminal() -> int:
+    return shutil.get_terminal_size((120, 24)).columns
 
 
 def _scaled(number: int, base: int, units: Sequence[str]) -> str:
@@ -66,8 +75,10 @@ def _columns(
     return lines
 
 
-def _paragraph(head: Sequence[str], row: Sequence[str], wide: int) -> list[str]:
-    said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(head[1:], row[1:], strict=True) if cell)
+def _paragraph(head: Sequence[str], row: Sequence[str], wide: int, right: Collection[int]) -> list[str]:
+    """A name and what is said of it; numbers say what they are."""
+    cells = [f"{head[column]} {cell}" if column in right else cell for column, cell in enumerate(row) if cell]
+    said = ", ".join(cells[1:])
     return [*_parts(row[0], wide), *textwrap.wrap(said, wide, initial_indent="    ", subsequent_indent="    ")]
 
 

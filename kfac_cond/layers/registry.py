@@ -27,11 +27,13 @@ def register_layer(module_type: type[nn.Module], kind: Kind) -> Kind: ...
 def register_layer(module_type: type[nn.Module], kind: Kind | None = None) -> Kind | Callable[[Kind], Kind]:
     """Cover modules of a type by a layer kind, ``@register_layer(MyModule)`` over a ``LayerKind`` or called with both.
 
-    It goes before the kinds of the library, for models wrapped from now on; a subclass of the type is of that kind as
-    long as its ``forward`` is the same. ``name`` of the kind is that of the type where it has none.
+    It goes before the kinds of the library; a subclass of the type is of that kind as long as its ``forward`` is the
+    same. ``name`` of the kind is that of the type where it has none. A model with such modules that is wrapped already
+    takes it up with ``kfac.refresh()``, which its next capture asks for.
 
     Args:
-        module_type: a class of modules whose parameters are called ``weight`` and, where there is one, ``bias``.
+        module_type: a class of modules whose parameters are called ``weight`` and, where there is one, ``bias``; or
+            what ``parts`` and ``layout`` of the kind say.
         kind: a subclass of ``LayerKind``; left out for a decorator.
 
     Returns:
@@ -62,7 +64,7 @@ def register_layer(module_type: type[nn.Module], kind: Kind | None = None) -> Ki
 
 
 def unregister_layer(module_type: type[nn.Module]) -> None:
-    """Take back ``register_layer(module_type)``; models that are wrapped already keep their layers.
+    """Take back ``register_layer(module_type)``; a model that is wrapped already needs ``kfac.refresh()`` then.
 
     Raises:
         ArgumentError: a type that is not registered.
