@@ -43,9 +43,17 @@ def _pixels(size: int) -> Tensor:
     return torch.randn(4, 3, size, size)
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """What parametrises p, in whatever a model returns."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits: Tensor = outputs["logits" if "logits" in outputs else "logits_per_image"]
+    return logits
+
+
 def _cross_entropy(labels: Tensor) -> Callable[[Any], Tensor]:
     def loss(outputs: Any) -> Tensor:
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits = logits_of(outputs)
         return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.flatten())
 
     return loss
@@ -115,6 +123,48 @@ def vit() -> Made:
     return _vision(t.ViTForImageClassification(config), "pixel_values", 16)
 
 
+def distilbert() -> Made:
+    t = library("transformers")
+    config = t.DistilBertConfig(
+        vocab_size=WORDS, max_position_embeddings=16, n_layers=2, n_heads=2, dim=16, hidden_dim=24, num_labels=CLASSES
+    )
+    batch = {"input_ids": _words()}
+    return t.DistilBertForSequenceClassification(config), batch, _cross_entropy(torch.randint(CLASSES, (4,)))
+
+
+def clip() -> Made:
+    t = library("transformers")
+    text = {"vocab_size": WORDS, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": WORDS - 1}
+    config = t.CLIPConfig(
+        text_config={**_bert_sizes(), **text},
+        vision_config={**_bert_sizes(), "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    batch = {"input_ids": _words(), "pixel_values": _pixels(16)}
+
+    return t.CLIPModel(config), batch, _cross_entropy(torch.arange(4))
+
+
+def whisper() -> Made:
+    t = library("transformers")
+    coder = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+    config = t.WhisperConfig(
+        vocab_size=WORDS,
+        num_mel_bins=8,
+        d_model=16,
+        max_source_positions=10,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in coder.items()},
+    )
+    words = _words()
+    batch = {"input_features": torch.randn(4, 8, 20), "decoder_input_ids": words}
+    return t.WhisperForConditionalGeneration(config), batch, _cross_entropy(words.roll(-1, dims=1))
+
+
 def wav2vec2() -> Made:
     t = library("transformers")
     config = t.Wav2Vec2Config(
@@ -134,17 +184,44 @@ def wav2vec2() -> Made:
     return model, {"input_values": torch.randn(4, 200)}, _cross_entropy(torch.randint(WORDS, (4, frames)))
 
 
-def _torchvision(name: str, size: int, **settings: Any) -> Made:
-    models = library("torchvision").models
-    return _vision(getattr(models, name)(weights=None, num_classes=CLASSES, **settings), "x", size)
-
-
 def resnet() -> Made:
-    return _torchvision("resnet18", 32)
+    models = library("torchvision").models.resnet
+    return _vision(models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=8), "x", 16)
 
 
 def mobilenet() -> Made:
-    return _torchvision("mobilenet_v3_small", 32)
+    models = library("torchvision").models.mobilenetv3
+    blocks = [
+        models.InvertedResidualConfig(16, 3, 16, 8, True, "RE", 1, 1, 1.0),
+        models.InvertedResidualConfig(8, 5, 24, 8, False, "HS", 2, 1, 1.0),
+    ]
+    return _vision(models.MobileNetV3(blocks, last_channel=32, num_classes=CLASSES, dropout=0.0), "x", 16)
+
+
+def regnet() -> Made:
+    models = library("torchvision").models.regnet
+    sizes = models.BlockParams(
+        [1, 1], [8, 16], [4, 8], bottleneck_multipliers=[1.0, 1.0], strides=[2, 2], se_ratio=0.25
+    )
+    return _vision(models.RegNet(sizes, num_classes=CLASSES, stem_width=8), "x", 16)
+
+
+def shufflenet() -> Made:
+    models = library("torchvision").models.shufflenetv2
+    return _vision(models.ShuffleNetV2([1, 1, 1], [8, 8, 16, 16, 32], num_classes=CLASSES), "x", 16)
+
+
+def densenet() -> Made:
+    models = library("torchvision").models.densenet
+    model = models.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, bn_size=2, num_classes=CLASSES)
+    return _vision(model, "x", 16)
+
+
+def efficientnet() -> Made:
+    models = library("torchvision").models.efficientnet
+    blocks = [models.MBConvConfig(1, 3, 1, 8, 8, 1), models.MBConvConfig(2, 3, 2, 8, 16, 1)]
+    model = models.EfficientNet(blocks, dropout=0.0, stochastic_depth_prob=0.0, num_classes=CLASSES, last_channel=32)
+    return _vision(model, "x", 16)
 
 
 def convnext() -> Made:
@@ -183,10 +260,17 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "Mixtral": mixtral,
     "Mamba": mamba,
     "ViT": vit,
+    "DistilBERT": distilbert,
+    "CLIP": clip,
+    "Whisper": whisper,
     "Wav2Vec2": wav2vec2,
     "ResNet": resnet,
     "MobileNet": mobilenet,
     "ConvNeXt": convnext,
     "Swin": swin,
     "VisionTransformer": vision_transformer,
+    "RegNet": regnet,
+    "ShuffleNet": shufflenet,
+    "DenseNet": densenet,
+    "EfficientNet": efficientnet,
 }

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import kfac_cond as kc
 
-from .architectures import ARCHITECTURES, Made
+from .architectures import ARCHITECTURES, LENGTH, Made, logits_of
 from .test_capture import hooks_of
 
-#: Models with parameters that no kind takes (class tokens, positional tables, experts, tied embeddings), or with layers
-#: whose weight is used without a call of their module.
-NOT_WHOLE = {*ARCHITECTURES} - {"ResNet", "MobileNet"}
+#: Layers with a form of their own whose weight the model uses without a call of their module: they never fire.
+WITHOUT_A_CALL = {"Mamba", "Swin"}
 RULES = {"*": {"max_factor_dim": 256}}
 """Sides of thousands are kept as diagonals, for the time that their factorisation takes."""
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-whole = [
-    pytest.param(name, marks=pytest.mark.xfail(reason="parameters without a form of their own", strict=False))
-    if name in NOT_WHOLE
+after_a_step = [
+    pytest.param(name, marks=pytest.mark.xfail(reason="a weight used without a call of its module", strict=True))
+    if name in WITHOUT_A_CALL
     else name
     for name in ARCHITECTURES
 ]
@@ -32,10 +29,6 @@ whole = [
 @pytest.fixture(autouse=True)
 def plain_numbers() -> None:
     torch.set_default_dtype(torch.float32)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def wrapped(model: nn.Module) -> tuple[kc.KFAC, torch.optim.Optimizer]:
@@ -47,6 +40,7 @@ def wrapped(model: nn.Module) -> tuple[kc.KFAC, torch.optim.Optimizer]:
         schedule=kc.Schedule(factors=1, inverses=5),
         rules=RULES,
         trust_region=kc.KLClip(1e-2),
+        data=kc.Data(outputs=lambda args, kwargs, outputs: logits_of(outputs)),
     )
     kfac.attach(optimizer)
     return kfac, optimizer
@@ -64,12 +58,12 @@ def train(made: Made, optimizer: torch.optim.Optimizer, steps: int) -> list[floa
     return losses
 
 
-@pytest.mark.parametrize("name", whole)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_is_covered_whole(name):
     assert kc.coverage(ARCHITECTURES[name]()[0]).share == 1.0
 
 
-@pytest.mark.parametrize("name", whole)
+@pytest.mark.parametrize("name", after_a_step)
 def test_it_is_covered_whole_after_a_step(name):
     made = ARCHITECTURES[name]()
     kfac, optimizer = wrapped(made[0])
@@ -97,13 +91,34 @@ def test_the_table_is_the_same_on_the_meta_device(name):
     assert kc.coverage(model).to_dict() == kc.coverage(ARCHITECTURES[name]()[0]).to_dict()
 
 
+def test_settings_by_pattern_reach_the_layers_of_a_transformer():
+    model, batch, _ = ARCHITECTURES["GPT-2"]()
+    rules = {"*.lm_head": {"structure": "diagonal"}, "*.attn.*": {"sharing": "reduce"}}
+    plain, ruled = kc.coverage(model, batch), kc.coverage(model, batch, rules=rules)
+    assert {row.path for row in ruled.rows if row.structure == "diagonal"} == {"transformer.wte.weight"}
+    pairs = [(a, b) for a, b in zip(plain.rows, ruled.rows, strict=True) if b.capture_flops != a.capture_flops]
+    assert len(pairs) == 4
+    assert all(".attn." in a.path and a.capture_flops == LENGTH * b.capture_flops for a, b in pairs)
+    options = kc.Options(data=kc.Data(outputs=lambda args, kwargs, outputs: logits_of(outputs)))
+    fisher = kc.estimate(model, [batch], kc.Categorical(dim=-1), structure="mixed", rules=rules, options=options)
+    assert [name for name, block in fisher.items() if isinstance(block, kc.DiagonalBlock)] == ["transformer.wte.weight"]
+
+
+@pytest.mark.parametrize("pattern", ["*.lm_heads", "*.attention.*", "attn", "lm_head.*"])
+def test_a_pattern_that_reaches_nothing_in_a_transformer_is_refused(pattern):
+    model = ARCHITECTURES["GPT-2"]()[0]
+    for make in (kc.coverage, lambda model, rules: kc.KFAC(model, kc.Categorical(dim=-1), rules=rules)):
+        with pytest.raises(kc.ArgumentError, match="matches no module with parameters"):
+            make(model, rules={"*.attn.*": {"sharing": "reduce"}, pattern: {}})
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_falls_and_nothing_remains(name):
     made = ARCHITECTURES[name]()
     model = made[0]
     hooks, modules = hooks_of(model), {key: type(module) for key, module in model.named_modules()}
     kfac, optimizer = wrapped(model)
-    losses = train(made, optimizer, 6)
+    losses = train(made, optimizer, 4)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert losses[-1] < losses[0]
     kfac.remove()

@@ -153,6 +153,20 @@ def test_registering_twice_is_refused_with_the_remedy():
     assert isinstance(kind_of(Equalised(2, 2)), EqualisedKind)
 
 
+def test_a_model_that_is_wrapped_already_asks_for_a_refresh():
+    model, criterion = nn.Sequential(Equalised(3, 4), nn.Linear(4, 2)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kc.KFAC(model, criterion)
+    kfac.attach(optimizer)
+    kc.register_layer(Equalised, EqualisedKind)
+    try:
+        criterion(model(torch.randn(5, 3)), torch.tensor([0, 1, 0, 1, 1])).backward()
+        with pytest.raises(kc.ModelChangedError, match=r"kfac\.refresh"):
+            optimizer.step()
+    finally:
+        kc.unregister_layer(Equalised)
+
+
 def test_what_is_not_registered_cannot_be_taken_back():
     with pytest.raises(kc.ArgumentError, match="the class Equalised is not registered; registered are"):
         kc.unregister_layer(Equalised)
