@@ -307,6 +307,7 @@ def _with_uses(row: CoverageRow, layer: Layer, used: Mapping[str, Used] | None) 
         reason, remedy = mine.refused, ""
     elif mine.calls == 0 and layer.modules:
         reason = "; ".join(filter(None, ("not called in this forward", reason)))
+        remedy = "; ".join(filter(None, ("exclude it by a rule, where no forward calls it", remedy)))
     return replace(
         row,
         reason=reason,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, overload
 
 import torch
@@ -15,6 +14,7 @@ from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
 from .heads import Distribution
 from .implicit import WORDS, Whole
+from .layers.rules import matches
 from .layers.survey import Layer, survey
 from .likelihoods import as_likelihood
 from .options import KINDS, Batches, Kind, Options, Request, Structure
@@ -223,12 +223,12 @@ def _wanted(request: Request) -> dict[str, Layer]:
         found = _with_inputs(found)
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not any(matches(name, pattern) for name in found):
             raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
     wanted = {
         name: _limited(layer, options.max_factor_dim)
         for name, layer in found.items()
-        if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+        if patterns is None or any(matches(name, pattern) for pattern in patterns)
     }
     if not wanted:
         raise CoverageError(f"{type(request.model).__name__} has no layer that can be covered: see kc.coverage(model)")

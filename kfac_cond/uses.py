@@ -78,7 +78,7 @@ def uses_in_forward(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -
 def _forward(model: nn.Module, batch: Any) -> Any:
     """The outputs of one forward as in training, with gradients enabled and compiled parts run eagerly."""
     eager = EagerForwards(model)
-    # DDP's own forward synchronises buffers over ranks, and waits for a backward.
+    # DDP's own forward synchronises buffers over ranks, which need not all be here.
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     with ExitStack() as stack:
         for owner in hook_owners(model):

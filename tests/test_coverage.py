@@ -307,6 +307,30 @@ def test_a_compiled_model_counts_its_uses():
     assert [row.uses for row in kc.coverage(model, torch.randn(5, 3)).rows if row.d_in] == [1, 1]
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_the_uses_are_those_of_training_whatever_the_mode(context):
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    with context():
+        table = kc.coverage(model, torch.randn(3, 5, 8))
+        assert torch.is_grad_enabled() == (context is torch.enable_grad)
+    assert {row.uses for row in table.rows if row.d_in} == {1}
+    assert not model.training
+
+
+def test_under_ddp_the_inner_module_runs_alone(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        called = []
+        model.register_forward_hook(lambda *_: called.append(True))
+        assert kc.coverage(model, torch.randn(5, 3)).rows[0].uses == 1
+        assert not called
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_foreign_hook_that_replaces_the_output_does_not_matter():
     model = nn.Sequential(nn.Linear(3, 4), nn.Flatten())
     model[0].register_forward_hook(lambda module, args, output: output[:1])

@@ -51,7 +51,7 @@ def settings_of_rules(
     known = {field.name for field in fields(LayerRule)}
     settings = dict.fromkeys(names, PLAIN)
     for pattern, rule in rules.items():
-        matched = [name for name, by in names.items() if any(_matches(one, pattern) for one in by)]
+        matched = [name for name, by in names.items() if any(matches(one, pattern) for one in by)]
         if not matched:
             raise ArgumentError(
                 f"rules: the pattern '{pattern}' matches no module with parameters. The modules are: "
@@ -65,7 +65,7 @@ def settings_of_rules(
     return settings
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Whether a pattern reaches a name: '*.head' the one of the model itself as well as those further inside."""
     return fnmatchcase(name, pattern) or (pattern.startswith("*.") and fnmatchcase(f".{name}", pattern))
 
