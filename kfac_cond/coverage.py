@@ -23,7 +23,13 @@ class CoverageRow(Row):
     A layer's numbers stand in the row of its first parameter, so that columns add up; the others have zero there.
 
     Args:
-        path, kind, parameters, covered, reason, remedy, form: of the parameter; ``parameters`` is how many numbers.
+        path: canonical name of the parameter, where it is held first.
+        kind: of its layer; in the universal form, and where it is not covered, the type of the module that holds it.
+        parameters: how many numbers it is.
+        covered: whether a block covers it.
+        reason: why it is not covered, or what is to be known of its form.
+        remedy: what to do about that.
+        form: 'kronecker', 'universal' or 'none'.
         layer: name of the layer that covers it; empty where none does, or where the model itself is the layer.
         d_in: columns of the layer's matrix, which A is the side of; the bias is one of them.
         d_out: rows of it, the side of G.
