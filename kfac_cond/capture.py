@@ -25,12 +25,13 @@ from .guards import (
     kept_running_statistics,
     without_autocast,
 )
-from .heads import Head, Sent, divisors
+from .heads import Sent
 from .hooks import Hook, Owner, in_backward
 from .layers import CompoundKind, kind_of
 from .layers.sharing import kept
 from .layers.survey import Layer, layers_by_module
-from .statistics import LayerSums, Slots, Statistics, check_finite
+from .statistics import LayerSums
+from .usage import used_functionally
 
 logger = logging.getLogger("kfac_cond")
 
@@ -184,13 +185,14 @@ class Capture:
         for name, layer in parts.items():
             self.fired.add(layer.name)
             with torch.no_grad():
-                a, keep = replay.inputs(name, forward.positions)
-                with without_autocast(a.device):
-                    self._note(forward, layer, Use(call, module, keep), a.to(dtype_of(a, self._wanted)))
+                given, keep = replay.inputs(name, forward.positions)
+                with without_autocast(given.device):
+                    a = given.to(dtype_of(given, self._wanted))
+                    self._note(forward, layer, Use(call, module, keep), partial(_itself, a))
 
-    def _note(self, forward: Forward, layer: Layer, use: Use, a: Tensor) -> None:
+    def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
-        forward.add(layer, use, a, self._wanted)
+        forward.add(layer, use, make, self._wanted)
 
     def _layer(
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -201,23 +203,29 @@ class Capture:
         if isinstance(output, Tensor) and not output.requires_grad:
             return
         layer.check_unchanged()
+        self.fired.add(layer.name)
+        forward = self.waiting[-1] if self.waiting else self._open(None)
+        make = partial(self._activations, layer, module, args, kwargs, output)
         with torch.no_grad(), without_autocast(layer.like.device):
-            a = (
-                layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
-                if isinstance(output, Tensor)
-                else None
-            )
-            if a is None:
-                given = [type(one).__name__ for one in (*args, *kwargs.values())]
-                raise CaptureError(
-                    f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned "
-                    f"{type(output).__name__}: not what a layer of its kind takes and gives. Exclude it with "
-                    f"rules={{'{layer.name}': dict(exclude=True)}}."
-                )
-            self.fired.add(layer.name)
-            forward = self.waiting[-1] if self.waiting else self._open(None)
-            keep = kept(forward.positions, a.shape[-3], a.shape[-2])
-            self._note(forward, layer, Use(Call([output]), module, keep), a)
+            if layer.gradient_sums is None:
+                make = partial(_itself, make())
+            keep = None if forward.positions is None else kept(forward.positions, *make().shape[-3:-1])
+            self._note(forward, layer, Use(Call([output]), module, keep), make)
+
+    def _activations(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor:
+        """What a call gave its layer."""
+        if isinstance(output, Tensor):
+            a = layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
+            if a is not None:
+                return a
+        given = [type(one).__name__ for one in (*args, *kwargs.values())]
+        raise CaptureError(
+            f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned {type(output).__name__}: "
+            f"not what a layer of its kind takes and gives. Exclude it with "
+            f"rules={{'{layer.name}': dict(exclude=True)}}."
+        )
 
     def send_back(
         self,
@@ -283,6 +291,11 @@ class Capture:
             self.waiting = [forward for forward in self.waiting if not any(forward is one for one in heard)]
             self.spent += heard
         return sums
+
+    def used_functionally(self, outputs: Iterable[Tensor]) -> set[str]:
+        """The layers that the forwards held use otherwise than by calls of their modules."""
+        entries = [pair for forward in (*self.waiting, *self.spent) for pair in forward.entries.items()]
+        return used_functionally(self.layers, [(name, use.call) for name, one in entries for use in one.uses], outputs)
 
     def inputs(self) -> dict[str, LayerSums]:
         """The sums of the inputs of all forwards that wait, with a zero for G: nothing is sent back."""
@@ -351,40 +364,8 @@ class Capture:
                 raise
 
 
-def gathered(
-    capture: Capture,
-    heads: Sequence[Head],
-    scores: Iterable[Sent],
-    *,
-    slots: Slots,
-    invalid: Tensor,
-    again: bool = False,
-    replaceable: bool = False,
-) -> Statistics | None:
-    """The statistics of one batch: scores sent back from its heads, with the counts and flags of their likelihoods.
-
-    Args:
-        capture: holds the forward that computed the outputs.
-        heads: of the batch; they say M and N.
-        scores: of the heads' outputs.
-        slots: what is summed apart.
-        invalid: 0-d bool, some label is out of range: such a batch counts as not finite.
-        again, replaceable: as for ``Capture.send_back``.
-
-    Returns:
-        None where the outputs do not come from any forward held.
-    """
-    examples = heads[0].likelihood.examples(heads[0].outputs)
-    with without_autocast(heads[0].outputs.device):
-        sums = capture.send_back(scores, slots=len(slots), examples=examples, again=again, replaceable=replaceable)
-    return None if sums is None else counted(sums, heads, slots, invalid)
-
-
-def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, invalid: Tensor) -> Statistics:
-    """Sums of one batch with the counts and flags that the likelihoods give its outputs."""
-    examples = heads[0].likelihood.examples(heads[0].outputs)
-    finite, nonfinite = check_finite(sums)
-    return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _is_computed(output: Any) -> bool:

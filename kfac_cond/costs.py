@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .damping import Rule
+from .layers.summed import GradientSquares
 from .layers.survey import Layer
 from .statistics import count_dtype, statistic_dtype
 
@@ -21,10 +22,12 @@ class Plan:
     Args:
         rule: of the damping; 'factored' holds inverses of both sides, 'exact' their eigenbases and the eigenvalues.
         heads: number of heads of the likelihood, each with an average of G of its own.
+        structure: that training keeps layers in where no rule says another.
     """
 
     rule: Rule = "factored"
     heads: int = 1
+    structure: str = "kfac"
 
 
 def factor_bytes(layer: Layer, plan: Plan) -> int:
@@ -38,7 +41,9 @@ def factor_bytes(layer: Layer, plan: Plan) -> int:
 
 def inverse_bytes(layer: Layer, plan: Plan) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
-    if plan.rule == "exact":
+    if isinstance(layer.gradient_sums, GradientSquares):
+        numbers = prod(layer.layout.matrix_shape)
+    elif plan.rule == "exact":
         # The basis of a diagonal side is the identity, which is not held.
         kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
         numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
@@ -48,19 +53,33 @@ def inverse_bytes(layer: Layer, plan: Plan) -> int:
 
 
 def refresh_flops(layer: Layer, plan: Plan) -> int:
-    """Floating-point operations of inverting both sides."""
+    """Floating-point operations of inverting both sides, or the diagonal."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return prod(layer.layout.matrix_shape)
     return sum(
         prod(shape) * (_CUBIC[plan.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
     )
 
 
-def capture_flops(layer: Layer, rows: int) -> int:
-    """Floating-point operations of adding the outer products of ``rows`` rows to A and to G, for one draw of labels.
+def capture_flops(layer: Layer, rows: int, examples: int) -> int:
+    """Floating-point operations of adding one draw of labels to what is summed of the layer.
 
-    In the universal form the rows are those of the parameter's gradient, whatever the batch.
+    Of a layer whose weight gradients are made and squared these come first; the universal form has the one of the
+    backward, whatever the batch.
+
+    Args:
+        layer: the layer.
+        rows: positions of all examples; examples for 'reduce'.
+        examples: of the batch.
     """
-    of_each = (rows, rows) if layer.modules else (layer.layout.d_out, layer.layout.d_in)
-    return 2 * sum(count * prod(shape) for count, shape in zip(of_each, _sides(layer), strict=True))
+    of_A, of_G = map(prod, _sides(layer))
+    numbers = prod(layer.layout.matrix_shape)
+    if layer.gradient_sums is None:
+        return 2 * rows * (of_A + of_G)
+    made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return made + 2 * count * numbers
+    return made + 2 * count * (layer.layout.d_out * of_A + layer.layout.d_in * of_G)
 
 
 def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import nn
 from .checks import check_module
 from .costs import Plan, capture_flops, factor_bytes, inverse_bytes, refresh_flops
 from .errors import CoverageError
-from .layers.survey import Layer, Row, survey
+from .layers.survey import Layer, Row, Survey, survey
 from .tables import fitted, in_bytes, in_flops, table
 from .uses import Used, uses_in_forward
 
@@ -240,29 +240,21 @@ def coverage(
         (1.0, 1, 96)
     """
     check_module(model)
-    found = survey(model, rules)
+    found = survey(model, rules, training="kfac")
     used = None if batch is None else uses_in_forward(model, found.layers, batch)
     costed = _costed(found.rows, found.layers, Plan(), used)
     return costed.require_own_forms() if strict else costed
 
 
-def coverage_of_wrapped(
-    model: nn.Module,
-    rules: Mapping[str, Mapping[str, Any]],
-    layers: Mapping[str, Layer],
-    unreached: Iterable[str],
-    plan: Plan,
-) -> Coverage:
+def coverage_of_wrapped(fresh: Survey, layers: Mapping[str, Layer], unreached: Iterable[str], plan: Plan) -> Coverage:
     """The table of a model as it is now against the ``layers`` that were wrapped.
 
     Args:
-        model: the model.
-        rules: the settings it was wrapped with.
+        fresh: the model as it is now.
         layers: the layers that have hooks, by name.
         unreached: the layers that should have taken part in a capture by now and did not.
         plan: what costs depend on.
     """
-    fresh = survey(model, rules)
 
     def parameters(names: Iterable[str]) -> list[str]:
         return [path for name in names if name in fresh.layers for path in fresh.layers[name].layout.names]
@@ -285,7 +277,7 @@ def _costed_row(row: Row, layer: Layer | None, plan: Plan, used: Mapping[str, Us
     plain = CoverageRow(**{field.name: getattr(row, field.name) for field in fields(row)})
     if layer is None:
         return plain
-    named = replace(plain, layer=layer.name, structure=layer.rule.structure or "kfac")
+    named = replace(plain, layer=layer.name, structure=layer.rule.structure or plan.structure)
     if row.path != layer.layout.names[0]:
         return named
     return _with_uses(
@@ -319,7 +311,7 @@ def _with_uses(row: CoverageRow, layer: Layer, used: Mapping[str, Used] | None) 
         reason=reason,
         remedy=remedy,
         uses=mine.calls if layer.modules else None,
-        capture_flops=None if mine.refused else capture_flops(layer, mine.rows),
+        capture_flops=None if mine.refused else capture_flops(layer, mine.rows, mine.examples),
     )
 
 

@@ -5,7 +5,7 @@ Every rank then holds the same factors and, as its inverses are made of them alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,19 @@ def summed(statistics: Statistics, flags: Flags, layers: Mapping[str, Layer]) ->
     divisor = torch.stack([M if adds else M / usable for adds, M in Ms])
     together = Flags(flags.captures * ranks(), {key: counts[f"flag {key}"].long() for key in _flag_keys(layers)})
     return Statistics(sums, divisor, mine.slots, statistics.examples * ranks(), finite), together
+
+
+def of_any_rank(names: Iterable[str], layers: Iterable[str]) -> set[str]:
+    """The layers that some rank names, the same on all; every rank must call it at the same capture.
+
+    Args:
+        names: those of this rank.
+        layers: all layers, in the order that every rank has.
+    """
+    mine, everything = set(names), list(layers)
+    found: list[set[str]] = [set()] * ranks()
+    dist.all_gather_object(found, mine)
+    return set(everything) & set().union(*found)
 
 
 class StaticGraph:

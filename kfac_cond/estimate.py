@@ -134,19 +134,22 @@ def estimate(
 
 def _of_one_pass(request: Request, words: list[Structure]) -> list[Fisher]:
     """The Fishers that are stored layer by layer or as one matrix, from a pass that they share."""
-    layers = _wanted(request)
     again = request.kind != "forward_only"
-    stored = [_storage(word.name, layers, twice=word.second_pass and again) for word in words]
-    single = Pass(request, layers, stored)
+
+    def made(functional: frozenset[str]) -> tuple[dict[str, Layer], list[LayerByLayer | Joint]]:
+        layers = _wanted(request, functional)
+        return layers, [_storage(word.name, layers, twice=word.second_pass and again) for word in words]
+
+    single = Pass(request, made)
     named = {} if request.options.partial is None else _described(request, single, words)
     partial = Partial(request.options.partial, named)
     total = single.run(partial)
     single.check_complete(total)
-    if any(one.waiting for one in stored):
+    if any(one.waiting for one in single.stored):
         factors = single.factors(total)
-        for one in stored:
+        for one in single.stored:
             one.look_again(factors)
-        _check_again(total, Pass(request, layers, stored).run(partial, [total]))
+        _check_again(total, Pass(request, lambda _: (single.layers, single.stored)).run(partial, [total]))
     fishers = single.fishers(total, [word.name for word in words])
     partial.remove()
     return fishers
@@ -217,18 +220,18 @@ def _check_again(first: Statistics, second: Statistics) -> None:
         )
 
 
-def _wanted(request: Request) -> dict[str, Layer]:
-    found, options = survey(request.model, request.rules).layers, request.options
+def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[str, Layer]:
+    found, options = survey(request.model, request.rules, functional=functional).layers, request.options
     if request.kind == "forward_only":
         found = _with_inputs(found)
     patterns = [options.layers] if isinstance(options.layers, str) else options.layers
     for pattern in patterns or ():
-        if not any(matches(name, pattern) for name in found):
+        if not any(_named(layer, [pattern]) for layer in found.values()):
             raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
     wanted = {
         name: _limited(layer, options.max_factor_dim)
         for name, layer in found.items()
-        if patterns is None or any(matches(name, pattern) for pattern in patterns)
+        if patterns is None or _named(layer, patterns)
     }
     if not wanted:
         raise CoverageError(f"{type(request.model).__name__} has no layer that can be covered: see kc.coverage(model)")
@@ -236,8 +239,8 @@ def _wanted(request: Request) -> dict[str, Layer]:
 
 
 def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """The layers that a forward alone says something of, after the others are named."""
-    kept = {name: layer for name, layer in layers.items() if layer.modules}
+    """The layers that a forward alone says something of, by their inputs, after the others are named."""
+    kept = {name: replace(layer, gradient_sums=None) for name, layer in layers.items() if layer.modules}
     if len(kept) < len(layers):
         logger.warning(
             "kind='forward_only' has nothing for parameters in the universal form, which are known by their gradients: "
@@ -245,6 +248,12 @@ def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
             ", ".join(name for name in layers if name not in kept),
         )
     return kept
+
+
+def _named(layer: Layer, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches a layer: its name, or that of its module where its form is universal."""
+    names = [layer.name] if layer.modules else [layer.name, layer.name.rpartition(".")[0]]
+    return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
 def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:

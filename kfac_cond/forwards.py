@@ -63,12 +63,13 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
 
 @dataclass
 class Use:
-    """One call of a layer's module: where its output gradient comes from, how to read it, and a where it is kept."""
+    """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a."""
 
     call: Call
     module: nn.Module
     keep: Tensor | None
-    a: Tensor | None = None
+    #: The activations in the form of ``linalg.pairs``, where they are wanted.
+    a: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -97,22 +98,17 @@ class Forward:
     #: Whether an explicit update may still take the place of what was heard of it.
     replaceable: bool = False
 
-    def add(self, layer: Layer, use: Use, a: Tensor, wanted: Wanted | None = None) -> None:
-        """Add one call of a layer on activations [..., batch, positions, d_in]."""
-        if layer.layout.weight is None:
-            a = a[..., :0]
-        if wanted is not None and layer.name in wanted.pairs:
-            # With its last feature here, so that all draws share one tensor.
-            ones = [a.new_ones(*a.shape[:-1], 1)] if layer.layout.bias is not None else []
-            use.a = masked(torch.cat([a, *ones], dim=-1), use.keep)
+    def add(self, layer: Layer, use: Use, make: Callable[[], Tensor], wanted: Wanted | None = None) -> None:
+        """Add one call of a layer; ``make`` gives its activations [..., batch, positions, d_in]."""
         moments = wanted is None or layer.name in wanted.moments
-        if not moments:
-            inputs = masked(a, use.keep).sum()
-            count = torch.ones_like(inputs)
-        elif layer.sharing == "expand":
-            inputs, count = expanded_input_moment(a, use.keep, bias=layer.ones, moment=layer.input_moment)
-        else:
-            inputs, count = pooled_inputs(a, use.keep)
+        if wanted is not None and layer.name in wanted.pairs:
+            # Made here, so that all draws share one tensor.
+            pair = _homogeneous(layer, make(), use.keep)
+            use.a = lambda: pair
+        elif layer.gradient_sums is not None:
+            # From what autograd holds for the backward anyway, and no copy of it until then.
+            use.a = lambda: _homogeneous(layer, make(), use.keep)
+        inputs, count = _inputs(layer, use, make, moments=moments)
         entry = self.entries.get(layer.name)
         if entry is None:
             self.entries[layer.name] = Entry(layer, inputs, count, [use], moments)
@@ -120,6 +116,32 @@ class Forward:
         _same_examples(layer, entry.inputs, inputs)
         entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
         entry.uses.append(use)
+
+
+def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool) -> tuple[Tensor, Tensor]:
+    """What one call adds to the inputs of an entry, and to their count."""
+    if moments and layer.gradient_sums is not None:
+        zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
+        return zero, torch.ones_like(zero)
+    a = _weighted(layer, make())
+    if not moments:
+        inputs = masked(a, use.keep).sum()
+        return inputs, torch.ones_like(inputs)
+    if layer.sharing == "expand":
+        return expanded_input_moment(a, use.keep, bias=layer.ones, moment=layer.input_moment)
+    return pooled_inputs(a, use.keep)
+
+
+def _weighted(layer: Layer, a: Tensor) -> Tensor:
+    """The activations that meet a trainable weight."""
+    return a if layer.layout.weight is not None else a[..., :0]
+
+
+def _homogeneous(layer: Layer, a: Tensor, keep: Tensor | None) -> Tensor:
+    """Activations in the form of ``linalg.pairs``: the feature 1 last where there is a bias, padded positions zero."""
+    a = _weighted(layer, a)
+    ones = [a.new_ones(*a.shape[:-1], 1)] if layer.layout.bias is not None else []
+    return masked(torch.cat([a, *ones], dim=-1), keep)
 
 
 def reached_uses(
@@ -151,12 +173,16 @@ def add_gradients(
     """
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    own: dict[str, tuple[Layer, list[tuple[Tensor, Tensor]]]] = {}
     for entry, use, gradient in reached:
         layer = entry.layer
         g = layer.kind.output_gradients(use.module, gradient.to(dtype_of(gradient, wanted)))
         g = masked(g, use.keep)
-        if use.a is not None:
-            uses.setdefault(layer.name, []).append(_pair(layer, use.a, g, examples))
+        if wanted is not None and layer.name in wanted.pairs and use.a is not None:
+            uses.setdefault(layer.name, []).append(_pair(layer, use.a(), g, examples))
+        if entry.moments and layer.gradient_sums is not None and use.a is not None:
+            own.setdefault(layer.name, (layer, []))[1].append(grouped_pair(use.a(), g, examples))
+            continue
         if not entry.moments:
             _accumulate(sums, layer, g.sum(), place)
             continue
@@ -173,10 +199,16 @@ def add_gradients(
         pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
     for layer, total in pooled.values():
         _accumulate(sums, layer, layer.gradient_moment(total), place)
+    for layer, pairs in own.values():
+        assert layer.gradient_sums is not None
+        moment = layer.gradient_sums.of_pairs(*_joined(pairs), layer.layout, layer.max_factor_dim)
+        _accumulate(sums, layer, moment, place)
     for layer, gradients in of_parameters:
+        assert layer.gradient_sums is not None
         D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
         if wanted is None or layer.name in wanted.moments:
-            _accumulate(sums, layer, _both_moments(layer, D), place)
+            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim)
+            _accumulate(sums, layer, moment, place)
         else:
             _accumulate(sums, layer, D.sum(), place)
         if wanted is not None and layer.name in wanted.pairs:
@@ -184,13 +216,6 @@ def add_gradients(
             uses[layer.name] = [(layer.kind.activations(module, D), layer.kind.output_gradients(module, D))]
     if wanted is not None and uses:
         wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, place.weight, place.slot)
-
-
-def _both_moments(layer: Layer, D: Tensor) -> Tensor:
-    """The sums of D^T D and D D^T one after the other, flat; D is [n, *matrix_shape]."""
-    C = layer.input_moment(rearrange(D, "n ... o i -> ... (n o) i"))
-    R = layer.gradient_moment(rearrange(D, "n ... o i -> ... (n i) o"))
-    return torch.cat([C.flatten(), R.flatten()])
 
 
 def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +228,23 @@ def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Te
             f"examples along theirs: keep examples along dimension 0 of both, or use structure='kfac' for it, which "
             f"takes no gradient of one example."
         )
+    return a, g
+
+
+def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """(a, g) with the entries that belong to one example as its positions, as far as their number tells.
+
+    Examples are along dimension 0, or along that of positions; or several entries in a row are one example's, as tokens
+    flattened batch-first or windows are. Entries of any other number stand for themselves. Whatever is grouped, labels
+    are drawn independently, so that no product between two examples stays in expectation.
+    """
+    if examples == 1:
+        return _one_example(a), _one_example(g)
+    entries, positions = g.shape[-3:-1]
+    if entries != examples and positions == examples:
+        return tuple(rearrange(x, "... s n d -> ... n s d") for x in (a, g))  # type: ignore[return-value]
+    if examples and entries % examples == 0:
+        return tuple(rearrange(x, "... (n k) s d -> ... n (k s) d", n=examples) for x in (a, g))  # type: ignore[return-value]
     return a, g
 
 

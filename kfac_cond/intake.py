@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, gathered
+from .capture import Capture
 from .checks import check_update
 from .data import Data
 from .draws import Draws
 from .errors import AttachError, CaptureError, LikelihoodError
+from .gathering import gathered
 from .heads import (
     Distribution,
     Head,
@@ -76,6 +77,9 @@ class Intake:
         self._named_missing = False
         self._stopped = False
         self._reached: set[str] = set()
+        self._taken = 0
+        #: The layers watched whose weight was seen to be used without a call of their module.
+        self.functional: set[str] = set()
         self._pending: Statistics | None = None
         self._flags = Flags()
 
@@ -103,7 +107,7 @@ class Intake:
         if self._capture is not None:
             self._capture.remove()
         self._drop()
-        self._named_missing, self._reached = False, set()
+        self._named_missing, self._reached, self.functional = False, set(), set()
         self._capture = Capture(
             self._model,
             layers,
@@ -160,13 +164,20 @@ class Intake:
     def take(self) -> tuple[Statistics, Flags] | None:
         """The same as ``gathered``, which is then empty."""
         taken = self.gathered
+        self._taken += taken is not None
         self._drop()
         return taken
 
     @property
+    def looking(self) -> bool:
+        """Whether the graphs of this step are looked at for other uses of weights: after 0, 1, 3, 7 ... captures."""
+        return not (self._taken & (self._taken + 1))
+
+    @property
     def missing(self) -> list[str]:
         """The layers that no score has reached yet, once any was reached."""
-        return [name for name in self.capture.layers if name not in self._reached] if self._reached else []
+        reached = self._reached | self.functional
+        return [name for name in self.capture.layers if name not in reached] if reached else []
 
     def name_missing(self) -> None:
         """After the first capture: every layer that should have fired has, or is named."""
@@ -288,11 +299,13 @@ class Intake:
         for labels in draws or ():
             invalid = invalid | invalid_labels(heads, labels)
         scores = sampled(heads, self.slots, generators=generators, draws=draws)
+        functional = self.capture.used_functionally(head.outputs for head in heads) if self.looking else set()
         statistics = gathered(
             self.capture, heads, scores, slots=self.slots, invalid=invalid, again=again, replaceable=replaceable
         )
         if statistics is None:
             return False
+        self.functional |= functional
         if again:
             self._drop()
         self._heard_alone = replaceable

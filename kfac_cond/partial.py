@@ -16,7 +16,7 @@ from .errors import ArgumentError, StateError
 from .files import replaced
 
 FORMAT = "kfac_cond.partial"
-VERSION = 1
+VERSION = 2
 
 #: The time between two writes is at least this many times what the last one took: writing stays below a tenth of all.
 SPARING = 10.0

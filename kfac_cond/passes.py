@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .capture import Capture, counted, gathered
+from .capture import Capture
 from .checks import described
 from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, NumericalError, StateError
 from .forwards import Pairs, Wanted
+from .gathering import counted, gathered
 from .guards import kept_state, without_autocast
 from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
 from .hooks import hook_owners
@@ -30,17 +31,20 @@ from .structures import Block, Fisher, Joint, KroneckerBlock, LayerByLayer
 logger = logging.getLogger("kfac_cond")
 
 
+Make = Callable[[frozenset[str]], tuple[Mapping[str, Layer], Sequence[LayerByLayer | Joint]]]
+
+
 class Pass:
     """One pass over data: what is the same for every batch.
 
     Args:
         request: what is asked for.
-        layers: by name.
-        stored: what collects each estimate.
+        make: what collects each estimate, and the layers by name, where it is known which of them have a weight that is
+            used without a call of their module.
     """
 
-    def __init__(self, request: Request, layers: Mapping[str, Layer], stored: Sequence[LayerByLayer | Joint]) -> None:
-        self.request, self.layers, self.stored = request, layers, stored
+    def __init__(self, request: Request, make: Make) -> None:
+        self.request, self._make = request, make
         self.model, self.likelihood, options = request.model, request.likelihood, request.options
         self.kind = request.kind
         self.data = options.data or Data()
@@ -49,10 +53,17 @@ class Pass:
         self.progress = options.progress
         self.dtype = options.dtype
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
+        self._looked = False
+        self._take_layers(frozenset())
+
+    def _take_layers(self, functional: frozenset[str]) -> None:
+        """Begin with the layers there are, given which have a weight that is used functionally."""
+        self.functional = functional
+        self.layers, self.stored = self._make(functional)
         self.wanted = self._wanted()
         self.capture = Capture(
             self.model,
-            layers,
+            self.layers,
             due=lambda: True,
             owner=None,
             positions=self.data.pick_positions,
@@ -86,7 +97,7 @@ class Pass:
             for owner in hook_owners(self.model):
                 stack.enter_context(owner.paused())
             stack.enter_context(kept_state(self.model))
-            stack.callback(self.capture.remove)
+            stack.callback(lambda: self.capture.remove())
             self.capture.install()
             yield
 
@@ -146,6 +157,7 @@ class Pass:
             "stored": [one.state() for one in self.stored],
             "draws": self.expectation.draws.state(),
             "random": random_state(),
+            "functional": sorted(self.functional),
         }
 
     def _resumed(self, partial: Partial, number: int) -> dict[str, Any] | None:
@@ -153,6 +165,8 @@ class Pass:
         state = partial.found
         if state is None or len(state["earlier"]) < number:
             return None
+        self._take_layers(frozenset(state["functional"]))
+        self._looked = True
         devices = self._devices()
         for one, saved in zip(self.stored, state["stored"], strict=True):
             one.load_state(saved, devices)
@@ -196,6 +210,8 @@ class Pass:
             targets=meaningful(self.likelihood, targets),
         )
         require_targets(heads, "yield (inputs, labels)")
+        if not self._looked and self._falls_back(heads):
+            return self.statistics(number, batch)
         found, invalid = self._sums(heads, batch, labels)
         self.capture.forget()
         if found is None:
@@ -205,6 +221,16 @@ class Pass:
             )
         self._check_usable(number, found, invalid)
         return found
+
+    def _falls_back(self, heads: Sequence[Head]) -> bool:
+        """Whether the first forward used weights otherwise than by calls; then it is to be run again."""
+        self._looked = True
+        functional = self.capture.used_functionally(head.outputs for head in heads)
+        if functional:
+            self.capture.remove()
+            self._take_layers(self.functional | functional)
+            self.capture.install()
+        return bool(functional)
 
     def _sums(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Statistics | None, Tensor]:
         """The sums of one batch, and whether some label is out of range."""
@@ -240,7 +266,9 @@ class Pass:
         for index, word in enumerate(words):
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
             own = {
-                key: value for key, value in counts.items() if key not in ("positions", "universal") or word == "kfac"
+                key: value
+                for key, value in counts.items()
+                if key not in ("positions", "of_gradients") or word == "kfac"
             }
             of_groups = [(share, blocks[index]) for share, blocks in groups]
             meta = {**facts(self.likelihood, self.kind, word, self.request.samples), "counts": own}
@@ -250,10 +278,10 @@ class Pass:
     def _counts(self, total: Statistics) -> dict[str, Any]:
         counts = counts_of(self.slots, total.divisor, total.examples)
         if not total.divisor.is_meta:
-            of_inputs = {name: sums for name, sums in total.layers.items() if self.layers[name].modules}
+            of_inputs = {n: sums for n, sums in total.layers.items() if self.layers[n].gradient_sums is None}
             counts["positions"] = {name: float(sums.A_count) for name, sums in of_inputs.items()}
-            if universal := [name for name in total.layers if name not in of_inputs]:
-                counts["universal"] = universal
+            if of_gradients := [name for name in total.layers if name not in of_inputs]:
+                counts["of_gradients"] = of_gradients
         return counts
 
     def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,19 +18,21 @@ from .costs import Plan
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
-from .distributed import StaticGraph, ranks, summed
+from .distributed import StaticGraph, of_any_rank, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
+from .factors import Factors
 from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .guards import without_autocast
 from .heads import Distribution
-from .health import Health
 from .intake import Intake
-from .layers.survey import Layer, draws_needed, waiting_for_draws
+from .layers.summed import TRAINED
+from .layers.survey import Layer, Survey, survey
 from .schedules import Clock, Schedule
-from .statistics import MovingAverage, statistic_dtype
-from .structures import Block, Fisher, KroneckerBlock, damped_inverses_of
+from .structures import Fisher
 from .trust_region import LayerUpdate, TrustRegion, as_trust_region
-from .wrapping import covering, refuse_wrapped, require_unchanged
+from .wrapping import refuse_wrapped, require_covering, require_unchanged
+
+logger = logging.getLogger("kfac_cond")
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
 """One tensor; for a ``kc.Product`` a mapping by head, or whatever the model returns them in."""
@@ -52,8 +55,11 @@ class KFAC:
             the Fisher (its stated reduction), and what a label is.
         damping: lambda of F + lambda I, a number, a callable of the step, or ``kc.Damping``.
         schedule: what is done at which step; default ``Schedule()``.
-        structure: 'kfac'.
-        rules: settings by layer-name pattern, {pattern: dict(sharing=, damping=, exclude=, max_factor_dim=)}.
+        structure: what a layer's block is kept as: 'kfac'; 'tkfac', whose factors are the two partial traces of the
+            block with an example's positions summed first; or 'diagonal'. The latter two read a layer's inputs again
+            once scores come back, and leave the outer products of single positions out.
+        rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
+            max_factor_dim=)}.
         trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
@@ -88,22 +94,23 @@ class KFAC:
         data: Data | None = None,
     ) -> None:
         refuse_wrapped(model, KFAC)
-        if structure != "kfac":
-            raise ArgumentError(f"structure={structure!r}: KFAC trains with 'kfac'")
+        if structure not in TRAINED:
+            raise ArgumentError(f"structure={structure!r}: KFAC trains with one of {', '.join(TRAINED)}")
         self.damping = as_damping(damping)
         self.schedule = settings_of(schedule, Schedule, "schedule")
         self.trust_region = as_trust_region(trust_region)
         self._model = model
         self._rules = checked_rules(rules)
-        self._survey = covering(model, self._rules)
+        self._structure = structure
+        #: Layers whose weight was seen to be used without a call of their module.
+        self._functional: frozenset[str] = frozenset()
+        self._survey = self._surveyed()
+        require_covering(model, self._survey)
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
         self._scale: Tensor | None = None
-        self._unused: set[str] = set()
-        self._inverses: dict[str, Block] = {}
         self._static_graph = StaticGraph(model)
-        self._health = Health(self.layers, patience=self.schedule.patience)
         self._intake = Intake(
             model,
             likelihood,
@@ -114,7 +121,7 @@ class KFAC:
             step=lambda: self._clock.at_most,
         )
         self._intake.watch(self.layers)
-        self._average = MovingAverage(self.layers, self._intake.slots.weights, draws_needed(self.layers))
+        self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -138,16 +145,16 @@ class KFAC:
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        plan = Plan(self.damping.rule, len(self._intake.slots))
-        return coverage_of_wrapped(self._model, self._rules, self.layers, self._intake.missing, plan)
+        plan = Plan(self.damping.rule, len(self._intake.slots), self._structure)
+        return coverage_of_wrapped(self._surveyed(), self.layers, self._intake.missing, plan)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for."""
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
-            "kfac/skipped_captures": self._health.skipped_captures,
-            "kfac/failed_layers": sum(count > 0 for count in self._health.failures.values()),
+            "kfac/skipped_captures": self._factors.health.skipped_captures,
+            "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
         }
         if self._scale is not None:
             metrics["kfac/trust_region_scale"] = self._scale
@@ -159,10 +166,10 @@ class KFAC:
         Raises:
             NotReadyError: nothing was captured yet.
         """
-        if not (self._average.ready and self._health.started):
+        if not (self._factors.ready and self._factors.health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
-        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": "kfac"}
-        return Fisher(self._blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
+        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": self._structure}
+        return Fisher(self._factors.blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
         table, step = self.coverage(), self._clock.at_most
@@ -175,9 +182,7 @@ class KFAC:
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
             f"{self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
-            f"factors of {len(self._average.ready)}, inverses of {len(self._inverses)} of {len(self.layers)} layers; "
-            f"{self._health.skipped_captures} captures left out",
-            *waiting_for_draws(self.layers, self._inverses),
+            *self._factors.summary(),
         )
         return "\n  ".join(lines)
 
@@ -233,7 +238,7 @@ class KFAC:
             raise AttachError("an attached optimizer's step preconditions already: leave out kfac.precondition()")
         if self._paused:
             return
-        if not (self._intake.pending or self._average.ready):
+        if not (self._intake.pending or self._factors.ready):
             raise NotReadyError(
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
@@ -258,13 +263,30 @@ class KFAC:
     def refresh(self) -> None:
         """Look at the model again after layers were added, replaced, frozen or unfrozen; keep what still fits."""
         self._intake.require_on_model()
-        fresh = covering(self._model, self._rules)
+        fresh = self._surveyed()
+        require_covering(self._model, fresh)
+        self._watch(fresh)
+
+    def _surveyed(self) -> Survey:
+        """The model as it is now."""
+        return survey(self._model, self._rules, training=self._structure, functional=self._functional)
+
+    def _without_a_form(self, functional: set[str]) -> None:
+        """From now on take these layers' parameters in the universal form."""
+        logger.warning(
+            "%d of %d layers have a weight that is used without a call of their module: %s. From the next capture on "
+            "their parameters are in the universal form.",
+            len(functional),
+            len(self.layers),
+            ", ".join(sorted(functional)),
+        )
+        self._functional |= functional
+        self._watch(self._surveyed())
+
+    def _watch(self, fresh: Survey) -> None:
+        """Go on with other layers, keeping what still fits."""
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
-        for name in changed:
-            self._inverses.pop(name, None)
-            self._unused.discard(name)
-        self._average = self._average.restricted(fresh.layers, without=changed, needed=draws_needed(fresh.layers))
-        self._health = self._health.restricted(fresh.layers, without=changed)
+        self._factors = self._factors.restricted(fresh.layers, without=changed)
         self._survey = fresh
         self._intake.watch(fresh.layers)
 
@@ -277,13 +299,14 @@ class KFAC:
         """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
         return state.save(
             self.layers,
-            average=self._average,
-            inverses=self._inverses,
-            health=self._health,
+            average=self._factors.average,
+            inverses=self._factors.inverses,
+            health=self._factors.health,
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
             step=self.step,
+            functional=self._functional,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -292,11 +315,12 @@ class KFAC:
         Raises:
             StateError: another format, other layers or other shapes; nothing is changed then.
         """
-        loaded = state.load(saved, self.layers, slots=self._intake.slots, patience=self.schedule.patience)
-        self._average, self._inverses = loaded.average, loaded.inverses
-        # What the last refresh left out it is not to be repeated for.
-        self._unused = set(loaded.average.ready) - loaded.inverses.keys() if loaded.inverses else set()
-        self._health = loaded.health
+        functional = state.functional_of(saved)
+        fresh = survey(self._model, self._rules, training=self._structure, functional=functional)
+        loaded = state.load(saved, fresh.layers, slots=self._intake.slots, patience=self.schedule.patience)
+        self._functional = functional
+        self._watch(fresh)
+        self._factors = Factors(fresh.layers, loaded.average, loaded.health, loaded.inverses)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
@@ -307,7 +331,7 @@ class KFAC:
         """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
         if self._static_graph.holds(self._clock.at_most):
             return False
-        started = self._health.started or not (self._average.A or self._static_graph.held)
+        started = self._factors.health.started or not (self._factors.average.A or self._static_graph.held)
         return not started or self._clock.factors_due()
 
     def _due(self) -> bool:
@@ -349,7 +373,7 @@ class KFAC:
         """The preconditioned gradients of the layers that have an inverse; nothing is written."""
         updates = {}
         for name, found in gradients.items():
-            inverse = self._inverse_of(name, next(iter(found.values())))
+            inverse = self._factors.inverse_of(name, next(iter(found.values())))
             if inverse is not None:
                 updates[name] = layer_update(self.layers[name], found, inverse, rates)
         return updates
@@ -362,46 +386,25 @@ class KFAC:
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
         if self._factors_due():
-            require_unchanged(self._model, self._rules, self.layers)
+            require_unchanged(self._model, self._surveyed().layers, self.layers)
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
-        captured = self._intake.take()
+        looked, captured = self._intake.looking, self._intake.take()
         if captured is not None:
+            functional = self._intake.functional
+            if looked and ranks() > 1:
+                functional = of_any_rank(functional, self.layers)
+            for name in functional:
+                captured[0].layers.pop(name, None)
             statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
-            self._health.add(flags)
-            self._average.update(statistics, decay=decay)
-            self._intake.name_missing()
+            self._factors.add(statistics, flags, decay=decay)
+            if functional:
+                self._without_a_form(functional)
+            else:
+                self._intake.name_missing()
         elif self._factors_due():
-            self._intake.refuse_silence(allowed=bool(self._average.ready))
-        waiting = set(self._average.ready) - self._inverses.keys() - self._unused
-        if self._clock.inverses_due() or waiting:
-            self._refresh_inverses()
+            self._intake.refuse_silence(allowed=bool(self._factors.ready))
+        if self._clock.inverses_due() or self._factors.waiting:
+            self._factors.refresh(self.damping, step=self._clock.at_most)
         self._clock.taken_in = True
-
-    def _refresh_inverses(self) -> None:
-        if not self._health.read(first=not self._inverses):
-            return
-        self._unused = self._average.unused()
-        blocks = {name: block for name, block in self._blocks().items() if name not in self._unused}
-        dampings = {
-            name: self.damping.of(*block.sides, step=self._clock.at_most, override=self.layers[name].rule.damping)
-            for name, block in blocks.items()
-        }
-        inverses, rungs = damped_inverses_of(blocks, dampings, rule=self.damping.rule, previous=self._inverses)
-        self._health.climbed(rungs)
-        self._inverses = inverses
-
-    def _blocks(self) -> dict[str, KroneckerBlock]:
-        blocks = {}
-        for name in self._average.ready:
-            layer = self.layers[name]
-            blocks[name] = KroneckerBlock(layer.layout, *layer.factors(*self._average.factors(name)), name=name)
-        return blocks
-
-    def _inverse_of(self, name: str, like: Tensor) -> Block | None:
-        """The layer's inverse, where its gradient is and in the dtype of its statistics."""
-        inverse, dtype = self._inverses.get(name), statistic_dtype(like.dtype)
-        if inverse is not None and (inverse.device, inverse.dtype) != (like.device, dtype):
-            inverse = self._inverses[name] = inverse.to(like.device).to(dtype)
-        return inverse

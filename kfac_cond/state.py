@@ -6,7 +6,7 @@ resume between two refreshes goes on with the very same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,15 @@ from .errors import StateError
 from .health import Flags, Health
 from .layers.survey import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
-from .structures import Block, EigenBlock, KroneckerBlock
+from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
-VERSION = 2
+VERSION = 3
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
     EigenBlock: ("basis_A", "basis_G", "values"),
+    DiagonalBlock: ("values",),
 }
 
 #: What an average may hold: nothing, the weight of G of a layer that was not used yet, or all of it.
@@ -56,6 +57,7 @@ def save(
     draws: Draws,
     slots: Slots,
     step: int,
+    functional: Iterable[str],
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
     return {
@@ -65,6 +67,7 @@ def save(
         "seed": draws.seed,
         "draws": draws.state(),
         "heads": list(slots.names),
+        "functional": sorted(functional),
         "health": health.state(),
         "gathered": None if gathered is None else _gathered_state(*gathered),
         "layers": {
@@ -79,13 +82,22 @@ def save(
     }
 
 
+def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
+    """The layers of a state whose weight was seen to be used without a call of their module.
+
+    Raises:
+        StateError: not a state of ours, or of another version.
+    """
+    _check_format(saved)
+    return frozenset(map(str, saved["functional"]))
+
+
 def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int) -> Loaded:
     """Check a state against the layers of a model and bring it to their devices; changes nothing.
 
     Raises:
-        StateError: not a state of ours, of another version, of other layers, or with other shapes.
+        StateError: a state of other layers, or with other shapes.
     """
-    _check_format(saved)
     _check_names(saved["layers"], layers)
     _check_heads(saved, slots)
     average = MovingAverage(layers, slots.weights, draws_needed(layers))
@@ -142,7 +154,7 @@ def _check_format(saved: object) -> None:
         raise StateError(f"this is not a KFAC state: found {found}, expected what KFAC.state_dict() returns")
     if saved.get("version") != VERSION:
         raise StateError(f"a KFAC state of version {saved.get('version')!r}; this library reads version {VERSION}")
-    missing = {"step", "seed", "draws", "heads", "health", "gathered", "layers"} - set(saved)
+    missing = {"step", "seed", "draws", "heads", "functional", "health", "gathered", "layers"} - set(saved)
     if missing:
         raise StateError(f"a KFAC state without {sorted(missing)}: the file is incomplete")
     if not isinstance(saved["layers"], Mapping):
@@ -237,7 +249,7 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise StateError(
                 f"layer '{name}': {key} is {found}, expected a tensor of shape {shapes[key]}: load it into the "
-                f"model that was saved, with the same rules, max_factor_dim among them"
+                f"model that was saved, with the same structure and rules, max_factor_dim among them"
             )
         counts = key.endswith("_weight") or key in _COUNTS
         kind = tensor.dtype if key == "A_count" else count_dtype(device) if counts else dtype

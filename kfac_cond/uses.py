@@ -27,16 +27,19 @@ class Used:
     Args:
         calls: of its modules.
         rows: that these add to A and to G: examples times positions, or examples for 'reduce'.
+        examples: of the batch, in the largest call.
         refused: why it could not be captured; empty where it could.
     """
 
     calls: int = 0
     rows: int = 0
+    examples: int = 0
     refused: str = ""
 
     def add(self, layer: Layer, shape: torch.Size) -> None:
         """Count one call on activations, or gradients, of shape [..., batch, positions, features]."""
         *_, batch, positions, _ = shape
+        self.examples = max(self.examples, batch)
         # For 'reduce' all calls are pooled before anything is multiplied.
         self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from .checks import check_module
-from .errors import ArgumentError, AttachError, CoverageError, ModelChangedError
+from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.naming import named_modules
-from .layers.survey import Layer, Survey, survey
+from .layers.survey import Layer, Survey
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -53,33 +52,24 @@ def detach(model: nn.Module) -> None:
         owner.remove()
 
 
-def covering(model: nn.Module, rules: Mapping[str, Mapping[str, Any]]) -> Survey:
-    """The layers of a model, at least one.
+def require_covering(model: nn.Module, found: Survey) -> None:
+    """Refuse a model in which no layer was found, or whose hooks would be lost.
 
     Raises:
         CoverageError: none is covered, or the model is nn.DataParallel.
-        ArgumentError: a rule that does not fit.
     """
-    found = survey(model, rules)
     if not found.layers:
         reasons = "; ".join(f"{row.path}: {row.reason}" for row in found.rows[:5]) or "no trainable parameter"
         raise CoverageError(f"{type(model).__name__} has no layer that KFAC covers ({reasons})")
-    for name, layer in found.layers.items():
-        if layer.rule.structure not in (None, "kfac"):
-            raise ArgumentError(
-                f"rules: layer '{name}' has structure={layer.rule.structure!r}, expected 'kfac' for training: "
-                f"others are for kc.estimate(structure='mixed')"
-            )
     for name, module in named_modules(model):
         if isinstance(module, nn.DataParallel):
             raise CoverageError(
                 f"'{name or type(model).__name__}' is nn.DataParallel, whose replicas lose their hooks: use "
                 f"DistributedDataParallel, or the plain module"
             )
-    return found
 
 
-def require_unchanged(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer]) -> None:
+def require_unchanged(model: nn.Module, now: Mapping[str, Layer], layers: Mapping[str, Layer]) -> None:
     """Refuse a model whose layers are no longer those that were wrapped: replaced, resized, frozen, unfrozen, added.
 
     It reads names and shapes on the host, never a tensor.
@@ -87,7 +77,6 @@ def require_unchanged(model: nn.Module, rules: Mapping[str, Mapping[str, Any]], 
     Raises:
         ModelChangedError: with the names of what changed.
     """
-    now = survey(model, rules).layers
     changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
     if changed:
         raise ModelChangedError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
+from kfac_cond.layers.normalisation import NormKind
 from kfac_cond.layers.survey import survey
 
 from .helpers import Apply
@@ -173,10 +174,13 @@ class Case:
         labels = self.draws if kind == "sampled" else [self.labels]
         return fisher_of_draws(self.model, self.inputs, labels, self.log_prob, **settings)
 
+    def is_norm(self, name: str) -> bool:
+        return isinstance(survey(self.model).layers[name].kind, NormKind)
+
     def block(self, kind: str, block: kc.Block) -> Tensor:
         """F of one layer in the order of its matrix; for 'forward_only' I (x) A."""
         if kind == "forward_only":
-            eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "sampled")[block.name].A
+            eye, A = torch.eye(block.layout.d_out), self.estimate("kfac", "forward_only")[block.name].A
             return torch.block_diag(*[torch.kron(eye, one) for one in A.reshape(-1, *A.shape[-2:])])
         order = self.order(block)
         return self.dense(kind)[order][:, order]

@@ -104,14 +104,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("structure", ["kfac", "tkfac", "diagonal"])
 @pytest.mark.parametrize("limit", [None, 4])
 @pytest.mark.parametrize("rule", ["factored", "exact"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_bytes_predicted_are_the_bytes_held(name, rule, limit):
+def test_the_bytes_predicted_are_the_bytes_held(name, rule, limit, structure):
     model = MODELS[name]()
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.01)
     rules = {"*": {"max_factor_dim": limit}}
-    kfac = kc.KFAC(model, criterion, damping=kc.Damping(0.1, rule=rule), schedule=UNDECAYED, rules=rules)
+    damping = kc.Damping(0.1, rule=rule)
+    kfac = kc.KFAC(model, criterion, damping=damping, schedule=UNDECAYED, structure=structure, rules=rules)
     kfac.attach(optimizer)
     table = kfac.coverage()
     for _ in range(max(draws_needed(kfac.layers).values(), default=1) + 1):
@@ -122,7 +124,7 @@ def test_the_bytes_predicted_are_the_bytes_held(name, rule, limit):
     assert table.share == 1.0
     assert (table.factor_bytes, table.inverse_bytes) == held(kfac)
     assert {row.layer: row.inverse_bytes for row in table.rows if row.d_in} == inverses(kfac)
-    if rule == "factored":
+    if (rule, structure) == ("factored", "kfac"):
         assert kc.coverage(model, rules=rules).to_dict() == table.to_dict()
 
 
@@ -147,11 +149,13 @@ def test_the_rows_counted_are_those_captured(name):
     kfac.update(model(inputs))
     for layer, sums in kfac.state_dict()["gathered"]["layers"].items():
         found = kfac.layers[layer]
-        if found.modules:
+        if found.modules and found.gradient_sums is None:
             # What counts its groups apart has the rows of all of them.
             groups = found.layout.groups if found.kind.counts_groups(found.layout) else 1
             assert used[layer].rows * groups == sums["A_count"].item()
             assert used[layer].calls == len(found.modules)
+        elif found.modules:
+            assert used[layer].examples == 5
         else:
             assert layer not in used
 
@@ -172,6 +176,15 @@ def test_the_operations_of_a_refresh(rule, limit, expected):
 )
 def test_the_operations_of_a_batch(sharing, limit, expected):
     rules = {"*": {"sharing": sharing, "max_factor_dim": limit}}
+    assert kc.coverage(nn.Linear(3, 5), torch.randn(7, 2, 3), rules=rules).capture_flops == expected
+
+
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [("tkfac", 2 * 14 * 20 + 2 * 7 * (5 * 16 + 4 * 25)), ("diagonal", 2 * 14 * 20 + 2 * 7 * 20)],
+)
+def test_structures_that_square_the_gradients_of_examples_make_them_first(structure, expected):
+    rules = {"*": {"structure": structure}}
     assert kc.coverage(nn.Linear(3, 5), torch.randn(7, 2, 3), rules=rules).capture_flops == expected
 
 

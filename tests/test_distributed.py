@@ -129,6 +129,10 @@ def gradients_under_ddp(rank: int, *, captured: bool) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+def dense(kfac: kc.KFAC) -> dict[str, Tensor]:
+    return {name: block.to_dense() for name, block in kfac.fisher().items()}
+
+
 def factors(kfac: kc.KFAC) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (block.A, block.G) for name, block in kfac.fisher().items()}
 
@@ -158,6 +162,35 @@ def static_graph_run(rank: int) -> dict[str, Any]:
     return {"parameters": [p.detach().clone() for p in model.parameters()], "captured": captured}
 
 
+class Branching(nn.Module):
+    """Takes the weight of a layer without a call of it, where it is told to."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x, self.layer.weight, self.layer.bias) if self.functional else self.layer(x)
+        return self.head(self.norm(h).tanh())
+
+
+def branching_steps(functional: list[bool], rows: list[slice]) -> kc.KFAC:
+    """Two steps, of one micro-batch for each of the slices."""
+    model = Branching(functional=False)
+    rules = {"head": {"structure": "diagonal"}}
+    kfac = kc.KFAC(model, "categorical", rules=rules, schedule=kc.Schedule(factors=1, inverses=1, decay=0.0))
+    for _ in range(2):
+        for model.functional, part in zip(functional, rows, strict=True):
+            x, _, drawn = (one[part] for one in batches())
+            outputs = model(x)
+            kfac.update(outputs, draws=drawn)
+            (0.0 * outputs.sum()).backward()
+        kfac.precondition()
+    return kfac
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -173,6 +206,7 @@ def worker(rank: int, folder: str) -> None:
     found["poisoned"] = factors(one_step(poisoned, kc.Categorical(), SHARDS[rank]))
     found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
     found["universal"] = factors(universal_step(SHARDS[rank]))
+    found["branching"] = dense(branching_steps([rank == 1], [SHARDS[rank]]))
     found["ddp"] = {str(captured): gradients_under_ddp(rank, captured=captured) for captured in (True, False)}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
@@ -236,6 +270,15 @@ def test_sides_that_are_diagonals_add_up_also_where_a_rank_does_not_use_them(res
 def test_ranks_add_the_squares_of_their_own_gradients(results, side, layer, rank):
     """As micro-batches of one process do; a square of the sum over ranks would be another matrix."""
     assert_same(results[rank]["universal"][layer][side], factors(universal_step(*SHARDS))[layer][side])
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_a_weight_that_one_rank_uses_without_a_call_is_universal_on_all(results, rank):
+    """The squares of examples add up as well: a norm's, and those of a diagonal."""
+    expected = dense(branching_steps([False, True], [*SHARDS]))
+    assert list(results[rank]["branching"]) == ["layer.weight", "layer.bias", "norm", "head"] == list(expected)
+    for name, block in results[rank]["branching"].items():
+        assert_same(block, expected[name])
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

@@ -54,6 +54,13 @@ def test_forward_only_sends_nothing_back():
     assert backwards == []
 
 
+@pytest.mark.parametrize("model", ["perceptron", "tokens", "pixels"])
+def test_forward_only_has_the_same_inputs_as_the_conditional_one(model):
+    of = case(model, "categorical")
+    found, sampled = (of.estimate("kfac", kind) for kind in ("forward_only", "sampled"))
+    assert all(torch.equal(block.A, sampled[name].A) for name, block in found.items())
+
+
 def test_forward_only_does_not_depend_on_the_outputs():
     model, x = perceptron(), torch.randn(4, 3)
     found, other = (

@@ -134,7 +134,9 @@ def test_eigenvalues_estimated_anew_are_nearer_than_those_of_the_factors(model, 
     ekfac, kfac = of.estimate(["ekfac", "kfac"], kind)
     for name, block in ekfac.items():
         F = of.block(kind, block)
-        assert torch.linalg.norm(F - block.to_dense()) < torch.linalg.norm(F - kfac[name].to_dense())
+        mine, theirs = (torch.linalg.norm(F - one.to_dense()) for one in (block, kfac[name]))
+        # A norm's factors keep all that a matrix for each unit can.
+        assert mine < theirs or (of.is_norm(name) and mine <= theirs * (1 + 1e-12))
 
 
 @pytest.mark.parametrize("other", ["kfac", "tkfac"])

@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "factored": {},
     "exact": {"damping": kc.Damping(1e-2, rule="exact")},
     "clipped": {"trust_region": kc.KLClip(1e-3)},
+    "tkfac": {"structure": "tkfac"},
+    "diagonal": {"structure": "diagonal"},
     "reduce": {"rules": {"*": {"sharing": "reduce"}}},
     "diagonal sides": {"rules": {"*": {"max_factor_dim": 3}}},
     "diagonal sides exact": {"rules": {"*": {"max_factor_dim": 3}}, "damping": kc.Damping(1e-2, rule="exact")},

@@ -241,5 +241,7 @@ def test_a_teacher_s_calls_are_ignored():
 @pytest.mark.parametrize("structure", ["ekfac", "nonsense"])
 def test_training_takes_no_other_structure_by_rule(structure):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    with pytest.raises(kc.ArgumentError, match=f"structure='{structure}', expected 'kfac' for training"):
+    with pytest.raises(
+        kc.ArgumentError, match=f"structure='{structure}', expected one of kfac, tkfac, diagonal for training"
+    ):
         kc.KFAC(model, "categorical", rules={"0": {"structure": structure}})

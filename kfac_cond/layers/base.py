@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import WeightLayout
+from .summed import GradientSums
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class LayerKind(ABC):
     modules: ClassVar[tuple[type[nn.Module], ...]]
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
+    #: How many operations of the graph take a parameter in at each call; None where that is not known.
+    edges: ClassVar[int | None] = None
+    #: What is summed of the weight gradients of examples, where it is not a a^T and g g^T of positions.
+    gradient_sums: ClassVar[GradientSums | None] = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` computes just what this kind's own module computes."""

@@ -21,6 +21,7 @@ class ConvolutionKind(LayerKind):
 
     name: ClassVar[str] = "convolution"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    edges: ClassVar[int | None] = 1
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """(batch, C, *space) as patches [batch, positions, C * kernel], with [groups] in front where there are any."""

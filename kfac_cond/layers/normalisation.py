@@ -21,10 +21,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .base import LayerKind
 from .layout import WeightLayout
+from .summed import MOMENTS, GradientSums
 
 
 class NormKind(LayerKind):
-    """What all of them share: a (1 x 1) matrix for each entry of the weight, with the bias (1 x 2)."""
+    """What all of them share: a (1 x 1) matrix for each entry of the weight, with the bias (1 x 2).
+
+    Its block is the sum of V_n^T V_n itself, with positions added up before anything is squared: the shift's input is
+    the constant 1 at every position, so that a product of means over positions would miss most of it.
+    """
+
+    edges: ClassVar[int | None] = 1
+    gradient_sums: ClassVar[GradientSums | None] = MOMENTS
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:
         """One matrix an entry of the weight, which the bias has the shape of."""

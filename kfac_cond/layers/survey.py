@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import checked_rules
-from ..errors import ModelChangedError
+from ..errors import ArgumentError, ModelChangedError
 from ..linalg.moments import second_moment, second_moment_diagonal
 from . import UNIVERSAL, overridden
 from .base import WHOLE, LayerKind, Part
@@ -19,6 +19,7 @@ from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import PLAIN, LayerRule, Sharing, settings_of_rules
 from .sharing import Moment
+from .summed import TRAINED, GradientMoments, GradientSquares, GradientSums
 from .universal import MIN_DRAWS, universal_layout
 
 Form = Literal["kronecker", "universal", "none"]
@@ -37,6 +38,8 @@ class Layer:
         places: where each of its parameters is, frozen ones as well: by canonical name a module and an attribute of it.
         rule: the settings that hold for it.
         part: what of its modules it is.
+        gradient_sums: what is summed of the weight gradients of examples; None where a a^T and g g^T are summed over
+            positions.
     """
 
     name: str
@@ -46,11 +49,12 @@ class Layer:
     places: Mapping[str, tuple[nn.Module, str]]
     rule: LayerRule = PLAIN
     part: Part = WHOLE
+    gradient_sums: GradientSums | None = None
 
     @property
     def sharing(self) -> Sharing:
-        """How positions enter the factors."""
-        return self.rule.sharing or "expand"
+        """How positions enter the factors; it means nothing where they are summed before anything is squared."""
+        return "expand" if self.gradient_sums is not None else self.rule.sharing or "expand"
 
     @property
     def max_factor_dim(self) -> int:
@@ -60,6 +64,8 @@ class Layer:
     @property
     def diagonal_sides(self) -> dict[str, int]:
         """The sides that are kept as their diagonals, 'A' or 'G', with their sizes."""
+        if isinstance(self.gradient_sums, GradientSquares):
+            return {}
         sides = {"A": self.layout.d_in, "G": self.layout.d_out}
         return {side: size for side, size in sides.items() if size > self.max_factor_dim}
 
@@ -86,10 +92,14 @@ class Layer:
     @property
     def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of what is summed for A and, in each slot, for G."""
+        if self.gradient_sums is not None:
+            return (), self.gradient_sums.shape(self.layout, self.max_factor_dim)
         return self.kind.sum_shapes(self.layout, self.max_factor_dim)
 
     def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
+        if isinstance(self.gradient_sums, GradientMoments):
+            return self.gradient_sums.factors(G, self.layout, self.max_factor_dim)
         return self.kind.factors(A, G, self.layout, self.max_factor_dim)
 
     @property
@@ -134,18 +144,6 @@ def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
     return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
 
 
-def waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:
-    """A line on the layers that need several draws, where there are any, and how many of them are ready."""
-    needed = draws_needed(layers)
-    if not needed:
-        return []
-    number = sum(name in ready for name in needed)
-    return [
-        f"{len(needed)} parameters in the universal form, {number} of them preconditioned: each has its plain gradient "
-        f"until {max(needed.values())} effective draws are in"
-    ]
-
-
 @dataclass(frozen=True)
 class Row:
     """One trainable parameter of a coverage table.
@@ -172,23 +170,34 @@ class Survey:
     excluded: frozenset[str]
 
 
+_FUNCTIONAL = "its weight is used without a call of its module", "call the module, for a form of its own"
 _OWN_KIND = "a LayerKind of your own (kc.register_layer)"
 
 
-def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = None) -> Survey:
+def survey(
+    model: nn.Module,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    training: str | None = None,
+    functional: Container[str] = frozenset(),
+) -> Survey:
     """Find the layers of ``model`` and say of every trainable parameter what covers it.
 
     Args:
         model: any module, wrapped (DDP, compiled, checkpointed) or not.
         rules: settings by pattern (``fnmatch`` on module names, and on the full names of parameters in the universal
             form); the later of two matching patterns wins, key by key.
+        training: the structure that training keeps a layer in where no rule says another; None for an estimate, whose
+            structures store what they take in by themselves.
+        functional: layers whose weight is known to be used without a call of their module; they have no form of their
+            own.
 
     Raises:
-        ArgumentError: a pattern that matches nothing, or an unknown setting.
+        ArgumentError: a pattern that matches nothing, an unknown setting, or a structure that training does not have.
     """
     modules = list(named_modules(model))
     uses = uses_in(modules)
-    found, why = _with_a_form(modules, uses)
+    found, why = _with_a_form(modules, uses, functional)
     layer_of = {id(p): layer for layer in found for p in layer.parameters.values()}
     refused: dict[int, tuple[str, str]] = {}
     for key, (parameter, places) in uses.items():
@@ -209,7 +218,7 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
             refused[key] = "excluded by a rule", "remove the rule to cover it"
             excluded.add(join(places[0].owner, places[0].attribute))
         elif layer is not None:
-            layers.setdefault(layer.name, _ruled(layer, settings[layer.name]))
+            layers.setdefault(layer.name, _ruled(layer, settings[layer.name], training))
     rows = tuple(
         _left_out(parameter, places, *refused[key])
         if key in refused
@@ -221,7 +230,9 @@ def survey(model: nn.Module, rules: Mapping[str, Mapping[str, Any]] | None = Non
 
 
 def _with_a_form(
-    modules: list[tuple[str, nn.Module]], uses: dict[int, tuple[nn.Parameter, list[Use]]]
+    modules: list[tuple[str, nn.Module]],
+    uses: dict[int, tuple[nn.Parameter, list[Use]]],
+    functional: Container[str],
 ) -> tuple[list[Layer], dict[int, tuple[str, str]]]:
     """The layers with an (a, g) form; by parameter why a module of a kind is none, with the remedy."""
     layers: list[Layer] = []
@@ -233,9 +244,11 @@ def _with_a_form(
             continue
         found = _layer(role, roles, uses)
         if isinstance(found, Layer):
-            layers.append(found)
             taken.update(roles[id(use.module), use.attribute] for use in uses_of(role.weight, uses))
+        if isinstance(found, Layer) and found.name not in functional:
+            layers.append(found)
         else:
+            found = _FUNCTIONAL if isinstance(found, Layer) else found
             for parameter in (role.weight, role.bias):
                 why.setdefault(id(parameter), found)
     return layers, why
@@ -292,18 +305,35 @@ def _layer(
         weight=join(role.owner, part.weight) if trains_weight else None,
         bias=join(role.owner, str(part.bias)) if trains_bias else None,
     )
-    return Layer(role.name, role.kind, tuple(other.module for other in sharers), layout, role.places, part=part)
+    return Layer(
+        role.name,
+        role.kind,
+        tuple(other.module for other in sharers),
+        layout,
+        role.places,
+        part=part,
+        gradient_sums=role.kind.gradient_sums,
+    )
 
 
 def _universal(place: Use, parameter: nn.Parameter) -> Layer:
     """A parameter by itself."""
     name = join(place.owner, place.attribute)
     layout = universal_layout(name, tuple(parameter.shape))
-    return Layer(name, UNIVERSAL, (), layout, {name: (place.module, place.attribute)})
+    places = {name: (place.module, place.attribute)}
+    return Layer(name, UNIVERSAL, (), layout, places, gradient_sums=UNIVERSAL.gradient_sums)
 
 
-def _ruled(layer: Layer, rule: LayerRule) -> Layer:
+def _ruled(layer: Layer, rule: LayerRule, training: str | None) -> Layer:
     """The layer with its settings."""
+    if training is not None:
+        structure = rule.structure or training
+        if structure not in TRAINED:
+            raise ArgumentError(
+                f"rules: layer '{layer.name}' has structure={structure!r}, expected one of {', '.join(TRAINED)} for "
+                f"training: others are for kc.estimate(structure='mixed')"
+            )
+        layer = replace(layer, gradient_sums=TRAINED[structure] or layer.gradient_sums)
     if not layer.modules and layer.layout.d_in == 1:
         # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.
         rule = replace(rule, max_factor_dim=1)

@@ -21,9 +21,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..linalg.moments import of_unit_trace
 from .base import LayerKind
 from .layout import WeightLayout
+from .summed import MOMENTS, GradientSums
 
 MIN_DRAWS = 10
 """Effective label draws before such a parameter is preconditioned in training.
@@ -39,6 +39,7 @@ class UniversalKind(LayerKind):
     name: ClassVar[str] = "universal"
     modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     draws_needed: ClassVar[int] = MIN_DRAWS
+    gradient_sums: ClassVar[GradientSums | None] = MOMENTS
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Of gradients D [batch, *matrix_shape] the a of which V = D: the identity, or D where it has fewer rows."""
@@ -51,16 +52,6 @@ class UniversalKind(LayerKind):
         if _fewer_rows(gradient):
             return _identities(gradient, gradient.shape[-2])
         return rearrange(gradient, "n ... o i -> ... n i o")
-
-    def sum_shapes(self, layout: WeightLayout, max_factor_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Nothing for A; C and R one after the other for G, since both carry the scale."""
-        return (), (sum(map(prod, layout.side_shapes(max_factor_dim))),)
-
-    def factors(self, A: Tensor, G: Tensor, layout: WeightLayout, max_factor_dim: int) -> tuple[Tensor, Tensor]:
-        """(C / t, R) from both, each a part of F."""
-        shapes = layout.side_shapes(max_factor_dim)
-        C, R = (part.reshape(shape) for part, shape in zip(torch.split(G, [*map(prod, shapes)]), shapes, strict=True))
-        return of_unit_trace(C, leading=len(layout.matrix_shape) - 2), R
 
 
 def universal_layout(name: str, shape: tuple[int, ...]) -> WeightLayout:

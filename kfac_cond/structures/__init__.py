@@ -7,7 +7,7 @@ from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .fisher import Fisher
 from .implicit import ImplicitBlock
-from .inverses import damped_inverses_of
+from .inverses import averaged, damped_inverses_of
 from .iterative import FunctionBlock, Iteration, IterativeBlock
 from .kronecker import KroneckerBlock
 from .low_rank import LowRankBlock
@@ -35,6 +35,7 @@ __all__ = [
     "Stored",
     "SumBlock",
     "UnitWiseBlock",
+    "averaged",
     "damped_inverses_of",
     "register_stored",
 ]

@@ -1,4 +1,4 @@
-"""Damped inverses of many Kronecker blocks at once, batched over equal sizes, with the failure ladder."""
+"""The blocks that training keeps, and their damped inverses, batched over equal sizes, with the failure ladder."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from ..layers.summed import GradientSquares
+from ..layers.survey import Layer
 from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
 from ..linalg.inverse import damped_inverses
 from ..linalg.ladder import Rung, read_status
 from ..linalg.sides import Side, identity_like
 from .base import Block, Rule
+from .diagonal import DiagonalBlock
 from .eigen import EigenBlock, side_of_basis
 from .kronecker import KroneckerBlock
 
 
+def averaged(layer: Layer, A: Tensor, G: Tensor) -> KroneckerBlock | DiagonalBlock:
+    """A layer's block from the averages of what is summed of it."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return DiagonalBlock(layer.layout, G, layer.name)
+    return KroneckerBlock(layer.layout, *layer.factors(A, G), name=layer.name)
+
+
 def damped_inverses_of(
-    blocks: Mapping[str, KroneckerBlock],
+    blocks: Mapping[str, KroneckerBlock | DiagonalBlock],
     dampings: Mapping[str, Tensor],
     *,
     rule: Rule,
@@ -31,15 +41,28 @@ def damped_inverses_of(
     Args:
         blocks: the blocks by layer name.
         dampings: lambda of each, shaped as the block's leading dimensions.
-        rule: 'factored' (Cholesky of the separately damped factors) or 'exact' (eigenbases of both).
+        rule: 'factored' (Cholesky of the separately damped factors) or 'exact' (eigenbases of both); a diagonal has
+            its entries damped and nothing else.
         previous: the last inverses, which stand in where a factorisation fails.
 
     Returns:
         (inverses, rungs); the rung of a block is the higher one of its two factors.
     """
-    if rule == "factored":
-        return _factored(blocks, dampings, previous)
-    return _exact(blocks, dampings, previous)
+    products = {name: block for name, block in blocks.items() if isinstance(block, KroneckerBlock)}
+    inverses, rungs = (_factored if rule == "factored" else _exact)(products, dampings, previous)
+    diagonals = {name: block for name, block in blocks.items() if isinstance(block, DiagonalBlock)}
+    of_diagonals, raised = _reciprocals(diagonals, dampings)
+    found = inverses | of_diagonals
+    return {name: found[name] for name in blocks}, rungs | raised
+
+
+def _reciprocals(
+    blocks: Mapping[str, DiagonalBlock], dampings: Mapping[str, Tensor]
+) -> tuple[dict[str, Block], dict[str, Rung]]:
+    damped = {name: _damped_values(block.values, 1, dampings[name]) for name, block in blocks.items()}
+    raised = read_status([flag.reshape(1) for _, flag in damped.values()])
+    found: dict[str, Block] = {name: block.with_values(damped[name][0].reciprocal()) for name, block in blocks.items()}
+    return found, {name: Rung.MORE_DAMPING if more else Rung.FIRST for name, more in zip(blocks, raised, strict=True)}
 
 
 def _factored(
@@ -70,7 +93,7 @@ def _exact(
     bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in block.sides])
     ended = _higher(blocks, rungs)
     pairs = dict(zip(blocks, zip(bases[::2], bases[1::2], strict=True), strict=True))
-    damped = {name: _damped_values(*pair, dampings[name]) for name, pair in pairs.items()}
+    damped = {name: _damped_values(*_values(*pair), dampings[name]) for name, pair in pairs.items()}
     raised = read_status([flag.reshape(1) for _, flag in damped.values()])
     found: dict[str, Block] = {}
     for (name, block), more in zip(blocks.items(), raised, strict=True):
@@ -87,13 +110,17 @@ def _exact(
     return found, ended
 
 
-def _damped_values(of_A: Eigenbasis, of_G: Eigenbasis, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of G (x) A + damping I, and a 0-d flag: some had to be raised beyond the damping asked for."""
-    values = einsum(of_G[0], of_A[0], "... o, ... i -> ... o i")
+def _values(of_A: Eigenbasis, of_G: Eigenbasis) -> tuple[Tensor, int]:
+    """The eigenvalues of G (x) A, and the side whose round-off they carry."""
+    return einsum(of_G[0], of_A[0], "... o, ... i -> ... o i"), side_of_basis(of_A[1], of_G[1])
+
+
+def _damped_values(values: Tensor, size: int, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., o, i] with the damping added, and a 0-d flag: some had to be raised beyond what was asked."""
     # With no damping an eigenvalue that is zero but for round-off must not become an infinite step. A block that is
     # all zero has no scale of its own: one leaves its gradient as it is.
     largest = values.amax(dim=(-2, -1), keepdim=True)
-    round_off = largest * (torch.finfo(values.dtype).eps * side_of_basis(of_A[1], of_G[1]))
+    round_off = largest * (torch.finfo(values.dtype).eps * size)
     least = torch.where(round_off > 0, round_off, 1)
     asked = values + damping[..., None, None].to(values)
     usable = asked > round_off

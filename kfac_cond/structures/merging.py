@@ -24,14 +24,14 @@ class Counts:
         terms: M, the loss's divisor, of each head; the head is '' where there is one.
         positions: for each layer, the number of positions that its A is the mean over.
         adds: whether M of two pieces of data is the sum of theirs; not for a loss that is itself a sum, where M is 1.
-        universal: the layers without positions, whose A is C / tr R: R and C are each a part of F.
+        of_gradients: the layers whose A is C / tr R, made of weight gradients: R and C are each a part of F.
     """
 
     examples: float
     terms: dict[str, float]
     positions: dict[str, float]
     adds: dict[str, bool]
-    universal: tuple[str, ...] = ()
+    of_gradients: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, meta: Mapping[str, Any], layers: Mapping[str, Block]) -> Counts:
@@ -48,11 +48,11 @@ class Counts:
         counts = meta.get("counts", {})
         absent = [f"counts['{key}']" for key in ("examples", "terms", "adds") if key not in counts]
         positions = counts.get("positions", {})
-        universal = tuple(counts.get("universal", ()))
+        of_gradients = tuple(counts.get("of_gradients", ()))
         absent += [
             f"counts['positions']['{name}']"
             for name, block in layers.items()
-            if isinstance(block, KroneckerBlock) and name not in positions and name not in universal
+            if isinstance(block, KroneckerBlock) and name not in positions and name not in of_gradients
         ]
         if absent or "derived" in meta:
             why = f"it lacks {', '.join(absent)}" if absent else f"it is {meta['derived'][-1]} of an estimate"
@@ -67,7 +67,7 @@ class Counts:
             {head: float(M) for head, M in terms.items()},
             held,
             {head: bool(one) for head, one in adds.items()},
-            universal,
+            of_gradients,
         )
 
     def with_others(self, other: Counts) -> Counts:
@@ -78,8 +78,8 @@ class Counts:
             head: M + other.terms[head] if self.adds[head] else max(M, other.terms[head])
             for head, M in self.terms.items()
         }
-        universal = tuple(dict.fromkeys((*self.universal, *other.universal)))
-        return Counts(self.examples + other.examples, terms, positions, self.adds, universal)
+        of_gradients = tuple(dict.fromkeys((*self.of_gradients, *other.of_gradients)))
+        return Counts(self.examples + other.examples, terms, positions, self.adds, of_gradients)
 
     def share(self, total: Counts) -> float:
         """What these data's estimate is multiplied by in that of all: M over M of all.
@@ -128,7 +128,7 @@ def merged(
         "terms": _plain(total.terms),
         "adds": _plain(total.adds),
         "positions": total.positions,
-        **({"universal": list(total.universal)} if total.universal else {}),
+        **({"of_gradients": list(total.of_gradients)} if total.of_gradients else {}),
     }
     samples = (my_meta.get("samples"), their_meta.get("samples"))
     meta = {**my_meta, "samples": samples[0] if samples[0] == samples[1] else samples, "counts": counts}
@@ -148,7 +148,7 @@ def _merged_block(mine: Block, theirs: Block, left: Counts, right: Counts) -> Bl
             f"merge: {mine.label} keeps {kept[0]} as diagonal in one Fisher, {kept[1]} in the other: estimate both "
             "with the same max_factor_dim"
         )
-    if mine.name in left.universal:
+    if mine.name in left.of_gradients:
         return _merged_moments(replace(mine, G=mine.G * my_share), replace(theirs, G=theirs.G * their_share))
     positions = (left.positions[mine.name], right.positions[theirs.name])
     held = sum(positions)
