@@ -21,6 +21,7 @@ from .errors import (
 )
 from .estimate import estimate
 from .implicit import Gram, gram, implicit, low_rank
+from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
     Beta,
@@ -96,6 +97,7 @@ __all__ = [
     "KLClip",
     "KroneckerBlock",
     "Laplace",
+    "LayerKind",
     "Likelihood",
     "LikelihoodError",
     "LowRankBlock",
@@ -124,4 +126,6 @@ __all__ = [
     "gram",
     "implicit",
     "low_rank",
+    "register_layer",
+    "unregister_layer",
 ]

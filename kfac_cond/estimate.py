@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, overload
 
 import torch
@@ -15,6 +14,7 @@ from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
 from .heads import Distribution
 from .implicit import WORDS, Whole
+from .layers.rules import matches
 from .layers.survey import Layer, survey
 from .likelihoods import as_likelihood
 from .options import KINDS, Batches, Kind, Options, Request, Structure
@@ -258,7 +258,7 @@ def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 def _named(layer: Layer, patterns: Sequence[str]) -> bool:
     """Whether a pattern matches a layer: its name, or that of its module where its form is universal."""
     names = [layer.name] if layer.modules else [layer.name, layer.name.rpartition(".")[0]]
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
 def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:

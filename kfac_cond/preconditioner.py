@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from . import state
 from .attachment import Attachments
 from .checks import checked_rules, settings_of
+from .costs import Plan
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
@@ -140,11 +141,12 @@ class KFAC:
         return not self._paused
 
     def coverage(self) -> Coverage:
-        """Every trainable parameter: covered or not, why, and what to do. ``print`` it, or read ``.share``.
+        """Every trainable parameter: what covers it at what cost, or why nothing does; ``print`` it.
 
         After the first capture the layers that did not take part in it count as not covered until they do.
         """
-        return coverage_of_wrapped(self._surveyed(), self.layers, self._intake.missing)
+        plan = Plan(self.damping.rule, len(self._intake.slots), self._structure)
+        return coverage_of_wrapped(self._surveyed(), self.layers, self._intake.missing, plan)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.

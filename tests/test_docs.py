@@ -1,8 +1,13 @@
-"""The code blocks of the README and of every page run, in order, each page in one namespace."""
+"""The code blocks of the README and of every page run, in order, each page in one namespace.
+
+A block of text right after one of code is what that prints.
+"""
 
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,16 +19,21 @@ PAGES = sorted(
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     if "```python" in page.read_text(encoding="utf8")
 )
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
     torch.set_default_dtype(torch.float32)
     text = (ROOT / page).read_text(encoding="utf8")
     namespace: dict[str, object] = {"__name__": "page"}
     for match in BLOCK.finditer(text):
         line = text[: match.start()].count("\n") + 2
         # Padded, so that a traceback shows the page's own line number.
-        exec(compile("\n" * (line - 1) + match.group(1), page, "exec"), namespace)
+        printed = StringIO()
+        with redirect_stdout(printed):
+            exec(compile("\n" * (line - 1) + match.group(1), page, "exec"), namespace)
+        if match.group(2) is not None:
+            assert printed.getvalue() == match.group(2), f"{page}, line {line}"

@@ -14,6 +14,7 @@ from .layout import WeightLayout
 from .linear import LinearKind, TransposedLinearKind
 from .normalisation import BatchNormKind, GroupNormKind, InstanceNormKind, LayerNormKind, RMSNormKind
 from .recurrent import RecurrentCellKind, RecurrentKind
+from .registry import register_layer, registered, unregister_layer
 from .universal import UniversalKind
 
 #: The kinds with a Kronecker form, in the order in which they are asked.
@@ -41,12 +42,13 @@ UNIVERSAL = UniversalKind()
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of ``module``, or None where it has no (a, g) form."""
-    return next((kind for kind in KINDS if kind.matches(module)), None)
+    return next((kind for kind in (*registered(module), *KINDS) if kind.matches(module)), None)
 
 
 def overridden(module: nn.Module) -> Override | None:
     """The type that ``module`` would count as, had its class or somebody else not replaced a method; or None."""
-    return next((found for kind in KINDS if (found := kind.overridden(module)) is not None), None)
+    kinds = (*registered(module), *KINDS)
+    return next((found for kind in kinds if (found := kind.overridden(module)) is not None), None)
 
 
 __all__ = [
@@ -75,4 +77,6 @@ __all__ = [
     "WeightLayout",
     "kind_of",
     "overridden",
+    "register_layer",
+    "unregister_layer",
 ]

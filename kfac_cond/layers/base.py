@@ -46,13 +46,14 @@ class Override(NamedTuple):
 class LayerKind(ABC):
     """One kind of layer with an (a, g) form: y[n, s] = W a[n, s] + b at every position s of example n.
 
-    A new kind is a subclass in a file of its own and a line in ``KINDS`` of ``layers/__init__.py``. Nothing else in
-    the library asks what a layer is.
+    A new kind is a subclass: your own for ``kc.register_layer``; in the library one in a file of its own and a line in
+    ``KINDS`` of ``layers/__init__.py``. Nothing else asks what a layer is.
 
     Attributes:
         name: the kind's name in tables.
-        modules: module types of this kind. A subclass of one that overrides one of ``methods``, or an instance in
-            which one was replaced, is not of this kind, since what its weight means is no longer known.
+        modules: module types of this kind; ``kc.register_layer`` sets it. A subclass of one that overrides one of
+            ``methods``, or an instance in which one was replaced, is not of this kind, since what its weight means is
+            no longer known.
         methods: what says what such a module computes: ``forward`` and the methods that it leaves this to.
     """
 

@@ -42,7 +42,7 @@ def settings_of_rules(
     """What is said of each layer; the later of two matching patterns wins, key by key.
 
     Args:
-        rules: settings by pattern (``fnmatch``).
+        rules: settings by pattern (``fnmatch``); a leading ``*.`` stands for the model itself too.
         names: by layer the names that a pattern may match.
 
     Raises:
@@ -51,7 +51,7 @@ def settings_of_rules(
     known = {field.name for field in fields(LayerRule)}
     settings = dict.fromkeys(names, PLAIN)
     for pattern, rule in rules.items():
-        matched = [name for name, by in names.items() if any(fnmatchcase(one, pattern) for one in by)]
+        matched = [name for name, by in names.items() if any(matches(one, pattern) for one in by)]
         if not matched:
             raise ArgumentError(
                 f"rules: the pattern '{pattern}' matches no module with parameters. The modules are: "
@@ -63,6 +63,11 @@ def settings_of_rules(
         _check_values(pattern, rule)
         settings.update({name: replace(settings[name], **rule) for name in matched})
     return settings
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern reaches a name: '*.head' the one of the model itself as well as those further inside."""
+    return fnmatchcase(name, pattern) or (pattern.startswith("*.") and fnmatchcase(f".{name}", pattern))
 
 
 def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:

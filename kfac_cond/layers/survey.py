@@ -175,7 +175,7 @@ class Survey:
 
 
 _FUNCTIONAL = "its weight is used without a call of its module", "call the module, for a form of its own"
-_OWN_KIND = "a LayerKind of your own in kfac_cond.layers.KINDS"
+_OWN_KIND = "a LayerKind of your own (kc.register_layer)"
 
 
 def survey(

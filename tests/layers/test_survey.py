@@ -289,3 +289,18 @@ def test_a_tied_embedding_is_one_parameter_which_either_name_excludes():
     assert layer.name == "0.weight"
     for pattern in ("0", "1", "0.weight"):
         assert not survey(model, {pattern: {"exclude": True}}).layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("*.head", ["head", "body.head"]), ("head", ["head"]), ("body.*", ["body.head", "body.ahead"]), ("?head", [])],
+)
+def test_a_leading_star_and_dot_stand_for_the_model_itself_too(pattern, names):
+    body = nn.ModuleDict({"head": nn.Linear(2, 2), "ahead": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "body": body})
+    if not names:
+        with pytest.raises(kc.ArgumentError, match="matches no module"):
+            survey(model, {pattern: {"damping": 1.0}})
+        return
+    layers = survey(model, {pattern: {"damping": 1.0}}).layers
+    assert [name for name, layer in layers.items() if layer.rule.damping] == names

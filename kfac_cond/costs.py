@@ -1,0 +1,91 @@
+"""What a layer costs, from shapes alone: numbers held, and operations of a capture and of a refresh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from .damping import Rule
+from .layers.summed import GradientSquares
+from .layers.survey import Layer
+from .statistics import count_dtype, statistic_dtype
+
+_CUBIC = {"factored": 1, "exact": 9}
+"""Operations of one factorisation over d^3: a Cholesky factor takes 1/3 and the inverse from it 2/3; an
+eigendecomposition with its vectors about 9 (Golub & Van Loan, Matrix Computations, section 8.3)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What costs depend on beside a layer's shapes.
+
+    Args:
+        rule: of the damping; 'factored' holds inverses of both sides, 'exact' their eigenbases and the eigenvalues.
+        heads: number of heads of the likelihood, each with an average of G of its own.
+        structure: that training keeps layers in where no rule says another.
+    """
+
+    rule: Rule = "factored"
+    heads: int = 1
+    structure: str = "kfac"
+
+
+def factor_bytes(layer: Layer, plan: Plan) -> int:
+    """Bytes of the moving averages of what is summed for A and for G, with the weights that divide them."""
+    of_A, of_G = layer.sum_shapes
+    numbers = prod(of_A) + plan.heads * prod(of_G)
+    # Of layers that wait for several draws of labels these are counted, and their squares.
+    counts = 1 + plan.heads + 2 * (layer.kind.draws_needed > 1)
+    return numbers * statistic_dtype(layer.like.dtype).itemsize + counts * count_dtype(layer.like.device).itemsize
+
+
+def inverse_bytes(layer: Layer, plan: Plan) -> int:
+    """Bytes of what the layer's gradient is preconditioned with."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        numbers = prod(layer.layout.matrix_shape)
+    elif plan.rule == "exact":
+        # The basis of a diagonal side is the identity, which is not held.
+        kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
+        numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
+    else:
+        numbers = sum(map(prod, _sides(layer)))
+    return numbers * statistic_dtype(layer.like.dtype).itemsize
+
+
+def refresh_flops(layer: Layer, plan: Plan) -> int:
+    """Floating-point operations of inverting both sides, or the diagonal."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return prod(layer.layout.matrix_shape)
+    return sum(
+        prod(shape) * (_CUBIC[plan.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
+    )
+
+
+def capture_flops(layer: Layer, rows: int, examples: int) -> int:
+    """Floating-point operations of adding one draw of labels to what is summed of the layer.
+
+    Of a layer whose weight gradients are made and squared these come first; the universal form has the one of the
+    backward, whatever the batch.
+
+    Args:
+        layer: the layer.
+        rows: positions of all examples; examples for 'reduce'.
+        examples: of the batch.
+    """
+    of_A, of_G = map(prod, _sides(layer))
+    numbers = prod(layer.layout.matrix_shape)
+    if layer.gradient_sums is None:
+        return 2 * rows * (of_A + of_G)
+    made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return made + 2 * count * numbers
+    return made + 2 * count * (layer.layout.d_out * of_A + layer.layout.d_in * of_G)
+
+
+def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return layer.layout.side_shapes(layer.max_factor_dim)
+
+
+def _is_whole(layer: Layer, shape: tuple[int, ...]) -> bool:
+    """Whether a side of this shape is a matrix, not a diagonal."""
+    return len(shape) == len(layer.layout.matrix_shape)

@@ -1,0 +1,109 @@
+"""What one forward of a model uses: how often each layer is called, and on how many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import call_model
+from .errors import CaptureError
+from .guards import EagerForwards, kept_state
+from .hooks import hook_owners
+from .layers import CompoundKind, kind_of
+from .layers.replay import Replay
+from .layers.survey import Layer, layers_by_module
+
+
+@dataclass
+class Used:
+    """A layer in one forward.
+
+    Args:
+        calls: of its modules.
+        rows: that these add to A and to G: examples times positions, or examples for 'reduce'.
+        examples: of the batch, in the largest call.
+        refused: why it could not be captured; empty where it could.
+    """
+
+    calls: int = 0
+    rows: int = 0
+    examples: int = 0
+    refused: str = ""
+
+    def add(self, layer: Layer, shape: torch.Size) -> None:
+        """Count one call on activations, or gradients, of shape [..., batch, positions, features]."""
+        *_, batch, positions, _ = shape
+        self.examples = max(self.examples, batch)
+        # For 'reduce' all calls are pooled before anything is multiplied.
+        self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
+
+
+def uses_in_forward(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -> dict[str, Used]:
+    """Run ``model`` on ``batch`` once and count what each layer with modules is used for.
+
+    Args:
+        model: the module; its buffers and the random state are the same afterwards.
+        layers: its layers by name.
+        batch: what a loader yields.
+    """
+    used = {name: Used() for name, layer in layers.items() if layer.modules}
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        parts = by_module[module]
+        try:
+            with torch.no_grad():
+                shapes = _shapes(module, parts, args, kwargs, output)
+        except CaptureError as error:
+            shapes = {}
+            for layer in parts.values():
+                used[layer.name].refused = str(error)
+        for part, layer in parts.items():
+            used[layer.name].calls += 1
+            if part in shapes:
+                used[layer.name].add(layer, shapes[part])
+
+    by_module = layers_by_module(layers)
+    with ExitStack() as stack:
+        for module in by_module:
+            # In front of the hooks of others, which may put something else in the place of the output.
+            handle = module.register_forward_hook(called, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        _forward(model, batch)
+    return used
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    """The outputs of one forward as in training, with gradients enabled and compiled parts run eagerly."""
+    eager = EagerForwards(model)
+    # DDP's own forward synchronises buffers over ranks, which need not all be here.
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    with ExitStack() as stack:
+        for owner in hook_owners(model):
+            stack.enter_context(owner.paused())
+        stack.enter_context(kept_state(model))
+        eager.enter()
+        stack.callback(eager.leave)
+        stack.enter_context(torch.enable_grad())
+        outputs, _ = call_model(plain, batch)
+    return outputs
+
+
+def _shapes(
+    module: nn.Module, parts: Mapping[str, Layer], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> dict[str, torch.Size]:
+    """[..., batch, positions, features] of what one call gives to each part; of nothing that cannot be captured."""
+    kind = kind_of(module)
+    if isinstance(kind, CompoundKind):
+        replay = Replay(module, parts)
+        kind.replay(replay, module, *args, **kwargs)
+        return {part: replay.inputs(part, None)[0].shape for part in parts}
+    if kind is None or not isinstance(output, Tensor):
+        return {}
+    # On the meta device, where rearranging copies nothing.
+    return {"": kind.output_gradients(module, output.detach().to("meta")).shape}
