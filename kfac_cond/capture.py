@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
 from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .functional import used_functionally
 from .guards import (
     EagerForwards,
     kept_running_statistics,
@@ -30,7 +31,6 @@ from .layers import CompoundKind, kind_of
 from .layers.sharing import both, kept
 from .layers.survey import Layer, layers_by_module
 from .statistics import LayerSums
-from .usage import used_functionally
 
 logger = logging.getLogger("kfac_cond")
 

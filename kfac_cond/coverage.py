@@ -75,6 +75,16 @@ class Coverage:
             )
         )
 
+    def noted(self, paths: Iterable[str], reason: str) -> Coverage:
+        """The same table with one thing more to know of these parameters."""
+        known = set(paths)
+        return Coverage(
+            tuple(
+                replace(row, reason="; ".join(filter(None, (reason, row.reason)))) if row.path in known else row
+                for row in self.rows
+            )
+        )
+
     @property
     def parameters(self) -> int:
         """Number of trainable numbers in the model."""
@@ -221,8 +231,8 @@ def coverage(
 
     Args:
         model: any module.
-        batch: what a loader yields. With it the model is run once, as in training, to count what is used; buffers and
-            the random state are the same afterwards.
+        batch: what a loader yields. With it the model is run once, as in training, to count what is used and to see
+            which weights are used without a call of their module; buffers and the random state are the same afterwards.
         rules: settings by pattern, as for ``KFAC``.
         strict: refuse a model of which anything is not covered by a form of its layer's own.
 
@@ -241,19 +251,25 @@ def coverage(
     """
     check_module(model)
     found = survey(model, rules, training="kfac")
-    used = None if batch is None else uses_in_forward(model, found.layers, batch)
+    used = None
+    if batch is not None:
+        used, functional = uses_in_forward(model, found.layers, batch)
+        found = survey(model, rules, training="kfac", functional=functional)
     costed = _costed(found.rows, found.layers, Plan(), used)
     return costed.require_own_forms() if strict else costed
 
 
-def coverage_of_wrapped(fresh: Survey, layers: Mapping[str, Layer], unreached: Iterable[str], plan: Plan) -> Coverage:
+def coverage_of_wrapped(
+    fresh: Survey, layers: Mapping[str, Layer], plan: Plan, *, unreached: Iterable[str], unused: Iterable[str]
+) -> Coverage:
     """The table of a model as it is now against the ``layers`` that were wrapped.
 
     Args:
         fresh: the model as it is now.
         layers: the layers that have hooks, by name.
-        unreached: the layers that should have taken part in a capture by now and did not.
         plan: what costs depend on.
+        unreached: the layers that have had gradients, and no score has reached.
+        unused: the layers that have had neither.
     """
 
     def parameters(names: Iterable[str]) -> list[str]:
@@ -264,7 +280,7 @@ def coverage_of_wrapped(fresh: Survey, layers: Mapping[str, Layer], unreached: I
         parameters(changed), "its layer changed since it was wrapped", "kfac.refresh()"
     )
     silent = ("no score has reached its layer", "see the warning of the first capture; exclude it if that is meant")
-    return found.without(parameters(unreached), *silent)
+    return found.without(parameters(unreached), *silent).noted(parameters(unused), "not used in a captured forward yet")
 
 
 def _costed(rows: Iterable[Row], layers: Mapping[str, Layer], plan: Plan, used: Mapping[str, Used] | None) -> Coverage:

@@ -104,6 +104,8 @@ class KFAC:
         self._structure = structure
         #: Layers whose weight was seen to be used without a call of their module.
         self._functional: frozenset[str] = frozenset()
+        #: Layers that had a gradient while no score had reached them.
+        self._apart: set[str] = set()
         self._survey = self._surveyed()
         require_covering(model, self._survey)
         self._attachments = Attachments(self)
@@ -143,10 +145,14 @@ class KFAC:
     def coverage(self) -> Coverage:
         """Every trainable parameter: what covers it at what cost, or why nothing does; ``print`` it.
 
-        After the first capture the layers that did not take part in it count as not covered until they do.
+        After the first capture a layer that has had gradients and that no score has reached counts as not covered until
+        one does; one that was not used at all is said to be so.
         """
         plan = Plan(self.damping.rule, len(self._intake.slots), self._structure)
-        return coverage_of_wrapped(self._surveyed(), self.layers, self._intake.missing, plan)
+        missing = self._intake.missing
+        unreached = [name for name in missing if name in self._apart]
+        unused = [name for name in missing if name not in self._apart]
+        return coverage_of_wrapped(self._surveyed(), self.layers, plan, unreached=unreached, unused=unused)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -365,6 +371,7 @@ class KFAC:
         with without_autocast(first.device):
             if not self._clock.taken_in:
                 self._take_in()
+            self._apart.update(name for name in self._intake.missing if name in gradients)
             updates = self._updates(gradients, rates)
             scale = None
             if updates and self.trust_region is not None:

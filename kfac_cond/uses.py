@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
+from .calls import Call
 from .data import call_model
 from .errors import CaptureError
+from .functional import used_functionally
 from .guards import EagerForwards, kept_state
 from .hooks import hook_owners
 from .layers import CompoundKind, kind_of
@@ -44,14 +47,20 @@ class Used:
         self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
 
 
-def uses_in_forward(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -> dict[str, Used]:
+def uses_in_forward(
+    model: nn.Module, layers: Mapping[str, Layer], batch: Any
+) -> tuple[dict[str, Used], frozenset[str]]:
     """Run ``model`` on ``batch`` once and count what each layer with modules is used for.
 
     Args:
         model: the module; its buffers and the random state are the same afterwards.
         layers: its layers by name.
         batch: what a loader yields.
+
+    Returns:
+        The uses by name, and the layers whose weight is used otherwise than by calls of their modules.
     """
+    calls: list[tuple[str, Call]] = []
     used = {name: Used() for name, layer in layers.items() if layer.modules}
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -63,7 +72,9 @@ def uses_in_forward(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -
             shapes = {}
             for layer in parts.values():
                 used[layer.name].refused = str(error)
+        outputs = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
         for part, layer in parts.items():
+            calls.append((layer.name, Call(outputs)))
             used[layer.name].calls += 1
             if part in shapes:
                 used[layer.name].add(layer, shapes[part])
@@ -74,8 +85,8 @@ def uses_in_forward(model: nn.Module, layers: Mapping[str, Layer], batch: Any) -
             # In front of the hooks of others, which may put something else in the place of the output.
             handle = module.register_forward_hook(called, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
-        _forward(model, batch)
-    return used
+        outputs = [one for one in tree_leaves(_forward(model, batch)) if isinstance(one, Tensor)]
+    return used, frozenset(used_functionally(layers, calls, outputs))
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

@@ -145,7 +145,8 @@ def test_the_rows_counted_are_those_captured(name):
     model = MODELS[name]()
     kfac = kc.KFAC(model, "categorical")
     inputs = torch.randn(5, 6).to(next(model.parameters()).dtype)
-    used = uses_in_forward(model, kfac.layers, inputs)
+    used, functional = uses_in_forward(model, kfac.layers, inputs)
+    assert not functional
     kfac.update(model(inputs))
     for layer, sums in kfac.state_dict()["gathered"]["layers"].items():
         found = kfac.layers[layer]

@@ -185,15 +185,17 @@ def test_a_sharded_parameter_is_named(mesh):
     assert found["1.weight"].covered
 
 
-def test_a_layer_that_never_fired_is_not_covered():
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
 
+
+def test_a_layer_that_no_forward_uses_is_said_to_be_unused():
+    """It has no gradient that anything could be done with."""
     model = Half()
     kfac = kc.KFAC(model, kc.Categorical(), schedule=kc.Schedule(factors=1, inverses=1))
     before = kfac.coverage().share
@@ -201,8 +203,24 @@ def test_a_layer_that_never_fired_is_not_covered():
     kfac.update(outputs)
     outputs.sum().backward()
     kfac.precondition()
-    assert (before, kfac.coverage().share) == (1.0, 0.5)
-    assert [row.path for row in kfac.coverage().rows if not row.covered] == ["idle.weight", "idle.bias"]
+    assert (before, kfac.coverage().share) == (1.0, 1.0)
+    unused = [row.path for row in kfac.coverage().rows if row.reason == "not used in a captured forward yet"]
+    assert unused == ["idle.weight", "idle.bias"]
+
+
+def test_a_layer_with_gradients_that_no_score_reaches_is_not_covered_until_one_does():
+    """A head of its own loss, beside the one that parametrises p."""
+    model, x = Half(), torch.randn(4, 3)
+    kfac = kc.KFAC(model, kc.Categorical(), schedule=kc.Schedule(factors=1, inverses=1))
+    for score in (False, True):
+        outputs, other = model(x), model.idle(x)
+        if score:
+            outputs = outputs + 0.1 * other
+        kfac.update(outputs)
+        (outputs.sum() + other.square().sum()).backward()
+        kfac.precondition()
+        left = [row.path for row in kfac.coverage().rows if not row.covered]
+        assert left == ([] if score else ["idle.weight", "idle.bias"])
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def test_training_covers_its_parameters_from_the_second_capture_on(make, caplog)
 
 
 @pytest.mark.parametrize("make", MODELS)
+def test_the_table_of_a_batch_knows_of_it(make):
+    rows = {row.path: row for row in kc.coverage(make(), torch.randn(5, 3)).rows}
+    assert [rows[f"taken.{part}"].form for part in ("weight", "bias")] == ["universal", "universal"]
+    assert "its weight is used without a call of its module" in rows["taken.weight"].reason
+    assert {rows[f"{name}.weight"].form for name in ("called", "head")} == {"kronecker"}
+
+
+@pytest.mark.parametrize("make", MODELS)
 def test_the_first_capture_takes_nothing_wrong_in(make):
     model, inputs = make(), torch.randn(5, 3)
     kfac = kc.KFAC(model, "categorical", schedule=EVERY_STEP)
