@@ -51,6 +51,20 @@ def test_the_loss_falls(rule):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_batch_without_examples_changes_nothing():
+    model, (inputs, targets) = Decoder(), images()
+    kfac = kc.KFAC(model, kc.Gaussian(0.5, event_dims=(1, 2)), schedule=EVERY_STEP)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    kfac.attach(optimizer)
+    for size in (32, 0):
+        before = parameters_of(model)
+        optimizer.zero_grad()
+        (model(inputs[:size]) - targets[:size]).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(parameters_of(model), before)
+    assert torch.isfinite(before).all()
+
+
 def test_a_resumed_run_is_bitwise_the_same():
     def steps(model: nn.Module, kfac: kc.KFAC, optimizer: torch.optim.Optimizer, number: int) -> None:
         for _ in range(number):

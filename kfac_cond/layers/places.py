@@ -51,6 +51,17 @@ class Role:
         """The bias, or None."""
         return None if self.part.bias is None else self._parameter(self.part.bias)
 
+    def same_as(self, other: Role) -> bool:
+        """Whether two parts multiply by one weight in one way."""
+        of_one_kind = other.kind is self.kind and other.part == self.part and other.weight is self.weight
+        # Two convolutions may hold one weight and group it differently.
+        return of_one_kind and other._matrix_shape == self._matrix_shape
+
+    @property
+    def _matrix_shape(self) -> tuple[int, ...]:
+        """Of the weight, as its module uses it."""
+        return self.kind.part_layout(self.module, self.part, weight=self.part.weight, bias=None).matrix_shape
+
     def _parameter(self, attribute: str) -> nn.Parameter | None:
         holder, last = _held(self.module, attribute)
         return holder._parameters.get(last)

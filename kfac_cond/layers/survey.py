@@ -289,7 +289,7 @@ def _layer(
     sharers = []
     for use in places:
         other = roles.get((id(use.module), use.attribute))
-        if other is None or other.kind is not role.kind or other.part != part or other.weight is not weight:
+        if other is None or not role.same_as(other):
             return f"{_pair(role, part.weight, use)} are one weight in two roles", "untie them"
         if other.bias is not bias:
             pair = _pair(role, part.weight, use)

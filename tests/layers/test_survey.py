@@ -194,6 +194,27 @@ def test_what_has_no_kronecker_form_says_what_to_do(module, path, remedy):
 
 
 @pytest.mark.parametrize(
+    "modules",
+    [
+        (nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1, groups=2)),
+        (nn.ConvTranspose1d(6, 4, 2, groups=2), nn.ConvTranspose1d(6, 6, 2, groups=3)),
+        (nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 2, 3)),
+    ],
+)
+def test_convolutions_that_use_one_weight_in_different_ways_have_no_kronecker_form(modules):
+    model = nn.Sequential(*modules)
+    model[1].weight = model[0].weight
+    assert not kronecker(model)
+    assert reasons(model)["0.weight"] == "'0.weight' and '1.weight' are one weight in two roles"
+
+
+def test_convolutions_that_use_one_weight_at_different_strides_are_one_layer():
+    model = nn.Sequential(nn.ConvTranspose1d(2, 2, 3, bias=False), nn.ConvTranspose1d(2, 2, 3, stride=2, bias=False))
+    model[1].weight = model[0].weight
+    assert kronecker(model) == ["0"]
+
+
+@pytest.mark.parametrize(
     ("modules", "path", "pair"),
     [
         ((nn.Embedding(4, 3), nn.Linear(3, 4)), "0.weight", "'0.weight' and '1.weight'"),
