@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import AttachError
 from .hooks import Hook, in_backward
-from .layers.survey import Layer
+from .layers.layer import Layer
 
 
 class Stepper(Protocol):

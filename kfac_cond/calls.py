@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from .errors import CaptureError, ModelChangedError
 from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
+from .layers.layer import Layer
 from .layers.replay import Replay
-from .layers.survey import Layer
 
 
 class OwnTensors:

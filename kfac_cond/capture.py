@@ -28,8 +28,8 @@ from .guards import (
 from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
+from .layers.layer import Layer, layers_by_module
 from .layers.sharing import both, kept
-from .layers.survey import Layer, layers_by_module
 from .statistics import LayerSums
 
 logger = logging.getLogger("kfac_cond")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from .damping import Rule
+from .layers.layer import Layer
 from .layers.summed import GradientSquares
-from .layers.survey import Layer
 from .statistics import count_dtype, statistic_dtype
 
 _CUBIC = {"factored": 1, "exact": 9}

@@ -11,7 +11,8 @@ from torch import nn
 from .checks import check_module
 from .costs import Plan, capture_flops, factor_bytes, inverse_bytes, refresh_flops
 from .errors import CoverageError
-from .layers.survey import Layer, Row, Survey, survey
+from .layers.layer import Layer
+from .layers.survey import Row, Survey, survey
 from .tables import fitted, in_bytes, in_flops, table
 from .uses import Used, uses_in_forward
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .health import Flags
-from .layers.survey import Layer
+from .layers.layer import Layer
 from .statistics import LayerSums, Statistics, count_dtype, statistic_dtype
 
 

@@ -14,8 +14,9 @@ from .checks import check_module, checked_rules, settings_of
 from .errors import ArgumentError, CoverageError
 from .heads import Distribution
 from .implicit import WORDS, Whole
+from .layers.layer import Layer
 from .layers.rules import matches
-from .layers.survey import Layer, survey
+from .layers.survey import survey
 from .likelihoods import as_likelihood
 from .options import KINDS, Batches, Kind, Options, Request, Structure
 from .partial import Partial, digest_of_model

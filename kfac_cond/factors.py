@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .damping import Damping
 from .health import Flags, Health
-from .layers.survey import Layer, draws_needed
+from .layers.layer import Layer, draws_needed
 from .statistics import MovingAverage, Statistics, statistic_dtype
 from .structures import Block, DiagonalBlock, KroneckerBlock, averaged, damped_inverses_of
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from .calls import Call
 from .errors import CaptureError
+from .layers.layer import Layer
 from .layers.sharing import (
     expanded_gradient_moment,
     expanded_input_moment,
@@ -20,7 +21,6 @@ from .layers.sharing import (
     pooled_inputs,
     reduced_input_moment,
 )
-from .layers.survey import Layer
 from .statistics import LayerSums, statistic_dtype
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .calls import Call
-from .layers.survey import Layer
+from .layers.layer import Layer
 
 
 def used_functionally(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
-from .layers.survey import Layer
+from .layers.layer import Layer
 from .structures import Block
 from .trust_region import LayerUpdate, TrustRegion
 

@@ -28,7 +28,7 @@ from .heads import (
 )
 from .health import Flags
 from .hooks import Owner
-from .layers.survey import Layer
+from .layers.layer import Layer
 from .likelihoods import Product
 from .listening import Listener
 from .statistics import Statistics

@@ -21,7 +21,7 @@ from .guards import EagerForwards, kept_state, without_autocast
 from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
 from .hooks import hook_owners
 from .kinds import Expectation, counts_of, facts, labels_out_of_range, require_terms
-from .layers.survey import Layer
+from .layers.layer import Layer
 from .linalg.sides import stored_identity
 from .options import Request
 from .partial import Partial, digest_of_batch, random_state, restore_random_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,14 +24,12 @@ from .gradients import gradients_of, layer_update, trust_region_scale, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
+from .layers.layer import Layer
 from .layers.summed import TRAINED
-from .layers.survey import Layer, Survey, survey
 from .schedules import Clock, Schedule
 from .structures import Fisher
 from .trust_region import LayerUpdate, TrustRegion, as_trust_region
-from .wrapping import refuse_wrapped, require_covering, require_unchanged
-
-logger = logging.getLogger("kfac_cond")
+from .wrapping import Wrapped, refuse_wrapped
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
 """One tensor; for a ``kc.Product`` a mapping by head, or whatever the model returns them in."""
@@ -99,15 +96,9 @@ class KFAC:
         self.damping = as_damping(damping)
         self.schedule = settings_of(schedule, Schedule, "schedule")
         self.trust_region = as_trust_region(trust_region)
-        self._model = model
-        self._rules = checked_rules(rules)
-        self._structure = structure
-        #: Layers whose weight was seen to be used without a call of their module.
-        self._functional: frozenset[str] = frozenset()
         #: Layers that had a gradient while no score had reached them.
         self._apart: set[str] = set()
-        self._survey = self._surveyed()
-        require_covering(model, self._survey)
+        self._wrapped = Wrapped(model, checked_rules(rules), structure)
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
@@ -130,7 +121,7 @@ class KFAC:
     @property
     def layers(self) -> Mapping[str, Layer]:
         """The covered layers by canonical name."""
-        return self._survey.layers
+        return self._wrapped.layers
 
     @property
     def step(self) -> int:
@@ -148,11 +139,11 @@ class KFAC:
         After the first capture a layer that has had gradients and that no score has reached counts as not covered until
         one does; one that was not used at all is said to be so.
         """
-        plan = Plan(self.damping.rule, len(self._intake.slots), self._structure)
+        plan = Plan(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
         missing = self._intake.missing
         unreached = [name for name in missing if name in self._apart]
         unused = [name for name in missing if name not in self._apart]
-        return coverage_of_wrapped(self._surveyed(), self.layers, plan, unreached=unreached, unused=unused)
+        return coverage_of_wrapped(self._wrapped.now(), self.layers, plan, unreached=unreached, unused=unused)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -179,7 +170,11 @@ class KFAC:
         """
         if not (self._factors.ready and self._factors.health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
-        meta = {"likelihood": repr(self._intake.listener.likelihood), "kind": "sampled", "structure": self._structure}
+        meta = {
+            "likelihood": repr(self._intake.listener.likelihood),
+            "kind": "sampled",
+            "structure": self._wrapped.structure,
+        }
         return Fisher(self._factors.blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
@@ -187,7 +182,7 @@ class KFAC:
         listener, number = self._intake.listener, len(self._attachments)
         mode = f"attached to {number} optimizer{'s' * (number != 1)}" if number else "not attached to an optimizer"
         lines = (
-            f"KFAC of {type(self._model).__name__}: {len(self.layers)} layers, {100 * table.share:.1f} % of "
+            f"KFAC of {type(self._wrapped.model).__name__}: {len(self.layers)} layers, {100 * table.share:.1f} % of "
             f"{table.parameters:,} trainable numbers",
             f"likelihood {listener.likelihood!r}, {self._intake.source}",
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
@@ -274,32 +269,12 @@ class KFAC:
     def refresh(self) -> None:
         """Look at the model again after layers were added, replaced, frozen or unfrozen; keep what still fits."""
         self._intake.require_on_model()
-        fresh = self._surveyed()
-        require_covering(self._model, fresh)
-        self._watch(fresh)
+        self._watch(self._wrapped.look_again())
 
-    def _surveyed(self) -> Survey:
-        """The model as it is now."""
-        return survey(self._model, self._rules, training=self._structure, functional=self._functional)
-
-    def _without_a_form(self, functional: set[str]) -> None:
-        """From now on take these layers' parameters in the universal form."""
-        logger.warning(
-            "%d of %d layers have a weight that is used without a call of their module: %s. From the next capture on "
-            "their parameters are in the universal form.",
-            len(functional),
-            len(self.layers),
-            ", ".join(sorted(functional)),
-        )
-        self._functional |= functional
-        self._watch(self._surveyed())
-
-    def _watch(self, fresh: Survey) -> None:
-        """Go on with other layers, keeping what still fits."""
-        changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
-        self._factors = self._factors.restricted(fresh.layers, without=changed)
-        self._survey = fresh
-        self._intake.watch(fresh.layers)
+    def _watch(self, changed: Sequence[str]) -> None:
+        """Go on with the layers there are now, keeping what still fits."""
+        self._factors = self._factors.restricted(self.layers, without=changed)
+        self._intake.watch(self.layers)
 
     def remove(self) -> None:
         """Take everything off the model, the criterion and the optimizers; nothing of it remains."""
@@ -317,7 +292,7 @@ class KFAC:
             draws=self._intake.draws,
             slots=self._intake.slots,
             step=self.step,
-            functional=self._functional,
+            functional=self._wrapped.functional,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -327,11 +302,10 @@ class KFAC:
             StateError: another format, other layers or other shapes; nothing is changed then.
         """
         functional = state.functional_of(saved)
-        fresh = survey(self._model, self._rules, training=self._structure, functional=functional)
-        loaded = state.load(saved, fresh.layers, slots=self._intake.slots, patience=self.schedule.patience)
-        self._functional = functional
-        self._watch(fresh)
-        self._factors = Factors(fresh.layers, loaded.average, loaded.health, loaded.inverses)
+        layers = self._wrapped.now(functional).layers
+        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience)
+        self._watch(self._wrapped.look_again(functional))
+        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
@@ -398,7 +372,7 @@ class KFAC:
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
         if self._factors_due():
-            require_unchanged(self._model, self._surveyed().layers, self.layers)
+            self._wrapped.require_unchanged()
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
@@ -412,7 +386,7 @@ class KFAC:
             statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
             self._factors.add(statistics, flags, decay=decay)
             if functional:
-                self._without_a_form(functional)
+                self._watch(self._wrapped.without_a_form(functional))
             else:
                 self._intake.name_missing()
         elif self._factors_due():

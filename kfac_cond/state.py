@@ -16,7 +16,7 @@ from torch import Tensor
 from .draws import Draws
 from .errors import StateError
 from .health import Flags, Health
-from .layers.survey import Layer, draws_needed
+from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 

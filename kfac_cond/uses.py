@@ -19,8 +19,8 @@ from .functional import used_functionally
 from .guards import EagerForwards, kept_state
 from .hooks import hook_owners
 from .layers import CompoundKind, kind_of
+from .layers.layer import Layer, layers_by_module
 from .layers.replay import Replay
-from .layers.survey import Layer, layers_by_module
 
 
 @dataclass

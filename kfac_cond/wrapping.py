@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from .checks import check_module
 from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
+from .layers.layer import Layer
 from .layers.naming import named_modules
-from .layers.survey import Layer, Survey
+from .layers.survey import Survey, survey
 
 logger = logging.getLogger("kfac_cond")
 
@@ -107,18 +109,69 @@ def require_covering(model: nn.Module, found: Survey) -> None:
     name_left_out(found)
 
 
-def require_unchanged(model: nn.Module, now: Mapping[str, Layer], layers: Mapping[str, Layer]) -> None:
-    """Refuse a model whose layers are no longer those that were wrapped: replaced, resized, frozen, unfrozen, added.
+class Wrapped:
+    """A model with the settings it was wrapped with: its layers as they were then, and as they are now.
 
-    It reads names and shapes on the host, never a tensor.
+    Args:
+        model: the module.
+        rules: settings by pattern, seen to be such.
+        structure: what training keeps a layer in where no rule says another.
 
     Raises:
-        ModelChangedError: with the names of what changed.
+        CoverageError: no layer is covered, or the model has a part that cannot be captured.
+        ArgumentError: rules that do not fit.
     """
-    changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
-    if changed:
-        raise ModelChangedError(
-            f"{len(changed)} layers of {type(model).__name__} are no longer what was wrapped (replaced, resized, "
-            f"frozen, unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such a change; it "
-            f"keeps what still fits."
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, Mapping[str, Any]], structure: str) -> None:
+        self.model, self.rules, self.structure = model, rules, structure
+        #: Layers whose weight was seen to be used without a call of their module.
+        self.functional: frozenset[str] = frozenset()
+        self._survey = self.now()
+        require_covering(model, self._survey)
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The covered layers by name, as they were last looked at."""
+        return self._survey.layers
+
+    def now(self, functional: frozenset[str] | None = None) -> Survey:
+        """The model as it is now; with other layers than those known to be used functionally, where they are given."""
+        known = self.functional if functional is None else functional
+        return survey(self.model, self.rules, training=self.structure, functional=known)
+
+    def look_again(self, functional: frozenset[str] | None = None) -> list[str]:
+        """Take the layers that there are now, and give the names of those that changed or are gone."""
+        fresh = self.now(functional)
+        require_covering(self.model, fresh)
+        changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
+        self.functional = self.functional if functional is None else functional
+        self._survey = fresh
+        return changed
+
+    def without_a_form(self, functional: set[str]) -> list[str]:
+        """``look_again`` after these layers' weights were seen to be used without a call of their modules."""
+        logger.warning(
+            "%d of %d layers have a weight that is used without a call of their module: %s. From the next capture on "
+            "their parameters are in the universal form.",
+            len(functional),
+            len(self.layers),
+            ", ".join(sorted(functional)),
         )
+        return self.look_again(self.functional | functional)
+
+    def require_unchanged(self) -> None:
+        """Refuse layers that are no longer those that were wrapped: replaced, resized, frozen, unfrozen, added.
+
+        It reads names and shapes on the host, never a tensor.
+
+        Raises:
+            ModelChangedError: with the names of what changed.
+        """
+        now, layers = self.now().layers, self.layers
+        changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
+        if changed:
+            raise ModelChangedError(
+                f"{len(changed)} layers of {type(self.model).__name__} are no longer what was wrapped (replaced, "
+                f"resized, frozen, unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such "
+                f"a change; it keeps what still fits."
+            )

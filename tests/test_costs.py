@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.errors import CaptureError
+from kfac_cond.layers.layer import draws_needed
 from kfac_cond.layers.recurrent import RecurrentKind
-from kfac_cond.layers.survey import draws_needed
 from kfac_cond.uses import uses_in_forward
 
 from .helpers import EVERY_STEP

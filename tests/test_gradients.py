@@ -8,7 +8,8 @@ from torch import nn
 
 import kfac_cond as kc
 from kfac_cond.gradients import gradients_of, layer_update, trust_region_scale, write
-from kfac_cond.layers.survey import Layer, survey
+from kfac_cond.layers.layer import Layer
+from kfac_cond.layers.survey import survey
 from kfac_cond.trust_region import LayerUpdate
 
 from .reference import assert_same

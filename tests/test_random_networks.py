@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import kfac_cond as kc
-from kfac_cond.layers.survey import Layer, survey
+from kfac_cond.layers.layer import Layer
+from kfac_cond.layers.survey import survey
 
 from .random_networks import PIECES, Drawn, is_real, networks
 from .reference import assert_same, categorical_log_prob, entries_of, exact_fisher, fisher_of_draws, within_groups

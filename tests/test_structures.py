@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.structures.collect import KeepingCollector, NearestCollector
+from kfac_cond.structures.keeping import KeepingCollector, NearestCollector
 
 from .fisher_cases import LIKELIHOODS, MODELS, Tokens, case, perceptron, twice
 from .helpers import Apply

@@ -85,7 +85,7 @@ def test_a_rule_says_it_for_some_layers():
     )
     inputs, draws = torch.randn(6, 3), torch.randint(3, (6,))
     for kfac in (plain, mixed):
-        step(kfac, kfac._model, inputs, draws=draws)
+        step(kfac, kfac._wrapped.model, inputs, draws=draws)
     fisher = mixed.fisher()
     assert [type(block).__name__ for block in fisher.values()] == ["DiagonalBlock", "KroneckerBlock", "KroneckerBlock"]
     expected = kc.estimate(
@@ -93,7 +93,7 @@ def test_a_rule_says_it_for_some_layers():
     )
     for name, one in zip("024", expected, strict=True):
         assert_same(fisher[name].to_dense(), one[name].to_dense())
-    assert torch.equal(plain._model[4].weight.grad, mixed._model[4].weight.grad)
+    assert torch.equal(plain._wrapped.model[4].weight.grad, mixed._wrapped.model[4].weight.grad)
 
 
 def test_a_layer_in_the_universal_form_may_be_a_diagonal():
@@ -161,7 +161,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(structure):
 
 def test_a_state_of_another_structure_is_refused():
     one, other = (kc.KFAC(network(), "categorical", structure=word) for word in ("diagonal", "kfac"))
-    step(one, one._model, torch.randn(4, 3))
+    step(one, one._wrapped.model, torch.randn(4, 3))
     with pytest.raises(kc.StateError, match=r"layer '0': A is .* with the same structure and rules"):
         other.load_state_dict(one.state_dict())
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import kfac_cond as kc
 from kfac_cond.distributed import summed
-from kfac_cond.layers.survey import draws_needed
+from kfac_cond.layers.layer import draws_needed
 from kfac_cond.layers.universal import MIN_DRAWS
 from kfac_cond.statistics import LayerSums, MovingAverage, Slots, Statistics
 

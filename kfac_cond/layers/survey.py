@@ -10,142 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import checked_rules
-from ..errors import ArgumentError, ModelChangedError
-from ..linalg.moments import second_moment, second_moment_diagonal
+from ..errors import ArgumentError
 from . import UNIVERSAL, overridden
-from .base import WHOLE, LayerKind, Part
-from .layout import MAX_FACTOR_DIM, WeightLayout
+from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
-from .rules import PLAIN, LayerRule, Sharing, settings_of_rules
-from .sharing import Moment
-from .summed import TRAINED, GradientMoments, GradientSquares, GradientSums
+from .rules import LayerRule, settings_of_rules
+from .summed import TRAINED
 from .universal import MIN_DRAWS, universal_layout
 
 Form = Literal["kronecker", "universal", "none"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer: a name, where it and its parameters are, and how they form a matrix.
-
-    Args:
-        name: canonical name of the first module that holds the weight; in the universal form that of the parameter.
-        kind: how inputs and output gradients become [batch, positions, features].
-        modules: the modules that apply the weight; their uses count as positions of one layer. None of them in the
-            universal form, which is known by the gradient of its parameter.
-        layout: the layer's matrix.
-        places: where each of its parameters is, frozen ones as well: by canonical name a module and an attribute of it.
-        rule: the settings that hold for it.
-        part: what of its modules it is.
-        gradient_sums: what is summed of the weight gradients of examples; None where a a^T and g g^T are summed over
-            positions.
-    """
-
-    name: str
-    kind: LayerKind
-    modules: tuple[nn.Module, ...]
-    layout: WeightLayout
-    places: Mapping[str, tuple[nn.Module, str]]
-    rule: LayerRule = PLAIN
-    part: Part = WHOLE
-    gradient_sums: GradientSums | None = None
-
-    @property
-    def sharing(self) -> Sharing:
-        """How positions enter the factors; it means nothing where they are summed before anything is squared."""
-        return "expand" if self.gradient_sums is not None else self.rule.sharing or "expand"
-
-    @property
-    def max_factor_dim(self) -> int:
-        """Size of the largest side that is kept whole."""
-        return MAX_FACTOR_DIM if self.rule.max_factor_dim is None else self.rule.max_factor_dim
-
-    @property
-    def diagonal_sides(self) -> dict[str, int]:
-        """The sides that are kept as their diagonals, 'A' or 'G', with their sizes."""
-        if isinstance(self.gradient_sums, GradientSquares):
-            return {}
-        return self.layout.diagonal_sides(self.max_factor_dim)
-
-    @property
-    def input_moment(self) -> Moment:
-        """How the outer products of its inputs are summed."""
-        return second_moment_diagonal if "A" in self.diagonal_sides else second_moment
-
-    @property
-    def gradient_moment(self) -> Moment:
-        """How the outer products of its output gradients are summed."""
-        return second_moment_diagonal if "G" in self.diagonal_sides else second_moment
-
-    @property
-    def owner(self) -> str:
-        """Canonical name of the module that it is a part of."""
-        return self.name[: len(self.name) - len(self.part.name)].rstrip(".")
-
-    @property
-    def ones(self) -> bool:
-        """Whether the constant feature is summed beside its inputs: for a bias, or to count positions."""
-        return self.layout.bias is not None or self.kind.counts_groups(self.layout)
-
-    @property
-    def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of what is summed for A and, in each slot, for G."""
-        if self.gradient_sums is not None:
-            return (), self.gradient_sums.shape(self.layout, self.max_factor_dim)
-        return self.kind.sum_shapes(self.layout, self.max_factor_dim)
-
-    def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
-        if isinstance(self.gradient_sums, GradientMoments):
-            return self.gradient_sums.factors(G, self.layout, self.max_factor_dim)
-        return self.kind.factors(A, G, self.layout, self.max_factor_dim)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by canonical name, weight first."""
-        held = self._held
-        return {name: parameter for name in self.layout.names if (parameter := held.get(name)) is not None}
-
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What is in the places of its parameters now, frozen or not."""
-        return tuple(self._held.values())
-
-    @property
-    def like(self) -> Tensor:
-        """One of its parameters, frozen or not, for where it is and its dtype."""
-        return self.held[0]
-
-    @property
-    def _held(self) -> dict[str, nn.Parameter]:
-        """The parameters there are now, frozen or not."""
-        found = {name: getattr(module, attribute, None) for name, (module, attribute) in self.places.items()}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
-
-    def check_unchanged(self) -> None:
-        """Raise ModelChangedError where a shape or what is frozen differs from when it was wrapped."""
-        now = {name: tuple(held.shape) for name, held in self._held.items() if held.requires_grad}
-        if now != self.layout.shapes:
-            raise ModelChangedError(
-                f"layer '{self.name}' is no longer what was wrapped: found the trainable parameters {now}, expected "
-                f"{self.layout.shapes}. Call kfac.refresh() after changing or freezing layers; it keeps what still "
-                f"fits."
-            )
-
-
-def layers_by_module(layers: Mapping[str, Layer]) -> dict[nn.Module, dict[str, Layer]]:
-    """The layers that each module is, by part."""
-    found: dict[nn.Module, dict[str, Layer]] = {}
-    for layer in layers.values():
-        for module in layer.modules:
-            found.setdefault(module, {})[layer.part.name] = layer
-    return found
-
-
-def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
-    """The layers that need more than one draw of labels before they are preconditioned, with how many."""
-    return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
 
 
 @dataclass(frozen=True)

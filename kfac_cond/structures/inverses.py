@@ -9,8 +9,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from ..layers.layer import Layer
 from ..layers.summed import GradientSquares
-from ..layers.survey import Layer
 from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
 from ..linalg.inverse import damped_inverses
