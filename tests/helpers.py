@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +72,17 @@ def assert_factors(found: kc.Fisher, expected: Mapping[str, tuple[Tensor, Tensor
 
 def assert_same_fisher(found: kc.Fisher, expected: kc.Fisher) -> None:
     assert_factors(found, {name: (block.A, block.G) for name, block in expected.items()})
+
+
+#: For tests that listen to the criterion, and to the model's forward.
+listening_in_both_ways = pytest.mark.parametrize("listening", ["criterion", "forward"])
+
+
+def factors_heard(model: nn.Module, listening: str, run: Callable[[nn.Module], object]) -> kc.Fisher:
+    """After one step in which ``run`` is handed the criterion."""
+    criterion = nn.CrossEntropyLoss()
+    likelihood = criterion if listening == "criterion" else "categorical"
+    return stepped(model, likelihood, lambda kfac: run(criterion))
 
 
 def stepped(

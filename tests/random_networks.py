@@ -104,6 +104,22 @@ def norm_of_channels(draw: st.DrawFn, width: int, length: int) -> nn.Module:
     return On(on_channels, draw(st.sampled_from([*groups, nn.BatchNorm1d(width), instance])))
 
 
+def tokens(h: Tensor) -> Tensor:
+    """One of five for each position."""
+    return (7.0 * h[..., 0]).long() % 5
+
+
+def embedding(draw: st.DrawFn, width: int, length: int) -> nn.Module:
+    module = nn.Embedding(5, width, padding_idx=draw(st.sampled_from([None, 2])))
+    return On(lambda inner, h: h + inner(tokens(h)), module)
+
+
+def embedding_bag(draw: st.DrawFn, width: int, length: int) -> nn.Module:
+    """All positions of an example are one bag."""
+    mode, padding = draw(st.sampled_from(["sum", "mean"])), draw(st.sampled_from([None, 2]))
+    return On(lambda inner, h: h + inner(tokens(h))[:, None], nn.EmbeddingBag(5, width, mode=mode, padding_idx=padding))
+
+
 def attention(draw: st.DrawFn, width: int, length: int) -> nn.Module:
     separate, bias = draw(st.booleans()), draw(st.booleans())
     # Queries of another width than keys and values have projections of their own.
@@ -161,6 +177,8 @@ PIECES: dict[str, Piece] = {
     "bilinear": Piece(bilinear),
     "norm of features": Piece(norm_of_features),
     "norm of channels": Piece(norm_of_channels, mixes=True),
+    "embedding": Piece(embedding),
+    "embedding bag": Piece(embedding_bag, mixes=True),
     "attention": Piece(attention, mixes=True),
     "recurrent": Piece(recurrent, mixes=True),
     "recurrent cell": Piece(recurrent_cell, mixes=True),

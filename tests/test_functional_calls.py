@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,18 +18,11 @@ from .helpers import (
     assert_same_fisher,
     categorical_loss,
     classifier,
+    factors_heard,
+    listening_in_both_ways,
     plain_factors,
     stepped,
 )
-
-LISTENING = pytest.mark.parametrize("listening", ["criterion", "forward"])
-
-
-def factors(model: nn.Module, listening: str, run: Callable[[nn.Module], object]) -> kc.Fisher:
-    """After one step in which ``run`` is handed the criterion."""
-    criterion = nn.CrossEntropyLoss()
-    likelihood = criterion if listening == "criterion" else "categorical"
-    return stepped(model, likelihood, lambda kfac: run(criterion))
 
 
 @pytest.fixture
@@ -49,12 +41,12 @@ def others(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-@LISTENING
+@listening_in_both_ways
 def test_a_functional_call_on_the_model_s_own_parameters_is_a_call(listening, batch):
     model, (inputs, labels) = classifier(), batch
-    plain = factors(model, listening, lambda loss: loss(model(inputs), labels).backward())
+    plain = factors_heard(model, listening, lambda loss: loss(model(inputs), labels).backward())
     called = lambda loss: loss(functional_call(model, own(model), (inputs,)), labels).backward()  # noqa: E731
-    assert_same_fisher(factors(model, listening, called), plain)
+    assert_same_fisher(factors_heard(model, listening, called), plain)
 
 
 def with_other_tensors(model, loss, inputs, labels):
@@ -108,12 +100,12 @@ FUNCTIONAL = [
 ]
 
 
-@LISTENING
+@listening_in_both_ways
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("other", FUNCTIONAL, ids=lambda f: f.__name__)
 def test_functional_calls_and_transforms_leave_no_trace_in_the_factors(other, when, listening, batch):
     model, (inputs, labels) = classifier(), batch
-    plain = factors(model, listening, lambda loss: loss(model(inputs), labels).backward())
+    plain = factors_heard(model, listening, lambda loss: loss(model(inputs), labels).backward())
 
     def run(loss: nn.Module) -> None:
         if when == "before":
@@ -123,10 +115,10 @@ def test_functional_calls_and_transforms_leave_no_trace_in_the_factors(other, wh
             other(model, loss, torch.randn(4, 3), torch.randint(3, (4,)))
         loss(outputs, labels).backward()
 
-    assert_same_fisher(factors(model, listening, run), plain)
+    assert_same_fisher(factors_heard(model, listening, run), plain)
 
 
-@LISTENING
+@listening_in_both_ways
 @pytest.mark.parametrize("other", FUNCTIONAL, ids=lambda f: f.__name__)
 def test_a_due_step_of_functional_calls_and_transforms_alone_is_an_error(other, listening, batch):
     model = classifier()
@@ -137,14 +129,14 @@ def test_a_due_step_of_functional_calls_and_transforms_alone_is_an_error(other, 
             parameter.grad = torch.ones_like(parameter)
 
     with pytest.raises(kc.CaptureError, match=r"no forward of the wrapped model .*functional_call on other tensors"):
-        factors(model, listening, run)
+        factors_heard(model, listening, run)
 
 
-@LISTENING
+@listening_in_both_ways
 def test_weights_after_an_inner_step_leave_the_factors_of_the_inner_forward(listening, batch):
     """As in meta-learning; a criterion's second call leads back to the inner forward, so that it is not to be heard."""
     model, (inputs, labels) = classifier(), batch
-    plain = factors(model, listening, lambda loss: loss(model(inputs), labels).backward())
+    plain = factors_heard(model, listening, lambda loss: loss(model(inputs), labels).backward())
 
     def run(kfac: kc.KFAC) -> None:
         inner = torch.autograd.grad(criterion(model(inputs), labels), list(model.parameters()), create_graph=True)

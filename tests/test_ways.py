@@ -23,20 +23,12 @@ from .helpers import (
     assert_same_fisher,
     categorical_loss,
     classifier,
+    factors_heard,
+    listening_in_both_ways,
     plain_factors,
-    stepped,
 )
 from .reference import assert_same
 from .training import batches, parameters_of
-
-LISTENING = pytest.mark.parametrize("listening", ["criterion", "forward"])
-
-
-def factors(model: nn.Module, listening: str, run: Callable[[nn.Module], object]) -> kc.Fisher:
-    """After one step in which ``run`` is handed the criterion."""
-    criterion = nn.CrossEntropyLoss()
-    likelihood = criterion if listening == "criterion" else "categorical"
-    return stepped(model, likelihood, lambda kfac: run(criterion))
 
 
 @pytest.fixture
@@ -71,9 +63,9 @@ def test_a_copy_is_inert_and_can_be_wrapped(copied, form, batch):
     twin = copied(model)
     twin(inputs).sum().backward()
     assert not kfac._intake.capture.waiting
-    found = factors(twin, "forward", lambda loss: loss(twin(inputs), labels).backward())
+    found = factors_heard(twin, "forward", lambda loss: loss(twin(inputs), labels).backward())
     kfac.remove()
-    assert_same_fisher(found, factors(model, "forward", lambda loss: loss(model(inputs), labels).backward()))
+    assert_same_fisher(found, factors_heard(model, "forward", lambda loss: loss(model(inputs), labels).backward()))
 
 
 def _outputs_elsewhere(model: nn.Module, inputs: Tensor, answer: Any) -> None:
@@ -240,10 +232,10 @@ def test_models_trained_in_two_threads_are_those_trained_one_after_the_other():
     assert torch.equal(found[2], expected[1])
 
 
-@LISTENING
+@listening_in_both_ways
 def test_a_forward_in_another_thread_is_heard(listening, batch):
     model, (inputs, labels) = classifier(), batch
-    plain = factors(model, listening, lambda loss: loss(model(inputs), labels).backward())
+    plain = factors_heard(model, listening, lambda loss: loss(model(inputs), labels).backward())
 
     def run(loss: nn.Module) -> None:
         outputs: list[Tensor] = []
@@ -252,7 +244,7 @@ def test_a_forward_in_another_thread_is_heard(listening, batch):
         thread.join()
         loss(outputs[0], labels).backward()
 
-    assert_same_fisher(factors(model, listening, run), plain)
+    assert_same_fisher(factors_heard(model, listening, run), plain)
 
 
 # -- buffers ----------------------------------------------------------------------------------------------------------
