@@ -73,8 +73,9 @@ def uses_in_forward(
             for layer in parts.values():
                 used[layer.name].refused = str(error)
         outputs = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
+        call = Call(outputs, (args, kwargs))
         for part, layer in parts.items():
-            calls.append((layer.name, Call(outputs)))
+            calls.append((layer.name, call))
             used[layer.name].calls += 1
             if part in shapes:
                 used[layer.name].add(layer, shapes[part])
