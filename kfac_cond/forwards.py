@@ -122,8 +122,10 @@ class Forward:
             pair = _homogeneous(layer, make().clone(), use.keep)
             use.a = lambda: pair
         elif layer.gradient_sums is not None:
-            # From what autograd holds for the backward anyway, and no copy of it until then.
-            use.a = lambda: _homogeneous(layer, make(), use.keep)
+            # From what autograd holds for the backward anyway, and no copy of it until then. Not by way of the use,
+            # which would hold itself, and with it the graph, until a garbage collection.
+            keep = use.keep
+            use.a = lambda: _homogeneous(layer, make(), keep)
         inputs, count = _inputs(layer, use, make, moments=moments)
         entry = self.entries.get(layer.name)
         if entry is None:
