@@ -54,7 +54,6 @@ class Pass:
         self.progress = options.progress
         self.dtype = options.dtype
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
-        self._looked = False
         self._take_layers(frozenset())
 
     def _take_layers(self, functional: frozenset[str]) -> None:
@@ -177,7 +176,6 @@ class Pass:
         if state is None or len(state["earlier"]) < number:
             return None
         self._take_layers(frozenset(state["functional"]))
-        self._looked = True
         devices = self._devices()
         for one, saved in zip(self.stored, state["stored"], strict=True):
             one.load_state(saved, devices)
@@ -221,7 +219,7 @@ class Pass:
             targets=meaningful(self.likelihood, targets),
         )
         require_targets(heads, "yield (inputs, labels)")
-        if not self._looked and self._falls_back(heads):
+        if self._falls_back(number, heads):
             return self.statistics(number, batch)
         found, invalid = self._sums(heads, batch, labels)
         self.capture.forget()
@@ -233,10 +231,20 @@ class Pass:
         self._check_usable(number, found, invalid)
         return found
 
-    def _falls_back(self, heads: Sequence[Head]) -> bool:
-        """Whether the first forward used weights otherwise than by calls; then it is to be run again."""
-        self._looked = True
-        functional = self.capture.used_functionally(head.outputs for head in heads)
+    def _falls_back(self, number: int, heads: Sequence[Head]) -> bool:
+        """Whether the first forward used weights otherwise than by calls; then it is to be run again.
+
+        Raises:
+            CaptureError: a later one did, of which the 2nd, 4th, 8th ... are looked at.
+        """
+        looked = not number & (number + 1)
+        functional = self.capture.used_functionally(head.outputs for head in heads) if looked else set()
+        if functional and number:
+            raise CaptureError(
+                f"batch {number} uses the weight of {', '.join(sorted(functional))} without a call of its module, "
+                f"which batch 0 did not: expected the same of all batches. Put such a batch first, or leave the layers out "
+                f"with rules={{name: dict(exclude=True)}}."
+            )
         if functional:
             self.capture.remove()
             self._take_layers(self.functional | functional)

@@ -235,13 +235,28 @@ def test_a_layer_that_a_forward_leaves_out_keeps_its_form(caplog):
     assert "did not take part in the first forward: taken" in caplog.text
 
 
+class Later(Functional):
+    """One that takes the weight only once it is switched on."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.on else self.head(self.called(x).tanh())
+
+
+def test_an_estimate_refuses_what_is_used_only_later():
+    model = Later()
+
+    def data():
+        yield torch.randn(5, 3)
+        model.on = True
+        yield torch.randn(5, 3)
+
+    with pytest.raises(kc.CaptureError, match="batch 1 uses the weight of taken without a call of its module"):
+        kc.estimate(model, data, "categorical")
+
+
 def test_what_is_used_only_later_is_seen_later():
-    class Later(Functional):
-        on = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if self.on else self.head(self.called(x).tanh())
-
     model = Later()
     kfac = kc.KFAC(model, "categorical", schedule=EVERY_STEP)
     step(kfac, model, torch.randn(5, 3))
