@@ -242,8 +242,8 @@ class Pass:
         if functional and number:
             raise CaptureError(
                 f"batch {number} uses the weight of {', '.join(sorted(functional))} without a call of its module, "
-                f"which batch 0 did not: expected the same of all batches. Put such a batch first, or leave the layers out "
-                f"with rules={{name: dict(exclude=True)}}."
+                f"which batch 0 did not: expected the same of all batches. Put such a batch first, or leave the layers "
+                f"out with rules={{name: dict(exclude=True)}}."
             )
         if functional:
             self.capture.remove()
