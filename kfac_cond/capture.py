@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
-from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
 from .guards import EagerForwards, kept_running_statistics, without_autocast
 from .heads import Sent
@@ -239,7 +239,7 @@ class Capture:
         if isinstance(output, Tensor):
             a = layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
             if a is not None:
-                return a
+                return in_form(layer, "activations", a, layer.layout.columns)
         given = [type(one).__name__ for one in (*args, *kwargs.values())]
         raise CaptureError(
             f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned {type(output).__name__}: "
