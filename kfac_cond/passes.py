@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,8 @@ from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, NumericalError, StateError
 from .forwards import Pairs, Wanted
 from .gathering import counted, gathered
-from .guards import EagerForwards, kept_state, without_autocast
+from .guards import undisturbed, without_autocast
 from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
-from .hooks import hook_owners
 from .kinds import Expectation, counts_of, facts, labels_out_of_range, require_terms
 from .layers.layer import Layer
 from .linalg.sides import stored_identity
@@ -93,17 +92,14 @@ class Pass:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks on, whoever else listens paused; buffers and the random state as before afterwards."""
-        with ExitStack() as stack:
-            for owner in hook_owners(self.model):
-                stack.enter_context(owner.paused())
-            stack.enter_context(kept_state(self.model))
-            # All calls are ours here, so that a model which hides its own call by compiling it is heard as well.
-            eager = EagerForwards(self.model)
-            eager.enter()
-            stack.callback(eager.leave)
-            stack.callback(lambda: self.capture.remove())
-            self.capture.install()
-            yield
+        # All calls are ours here, so that a model which hides its own call by compiling it is heard as well.
+        with undisturbed(self.model):
+            try:
+                self.capture.install()
+                yield
+            finally:
+                # The one there is now: a fallback puts another in its place.
+                self.capture.remove()
 
     def run(self, partial: Partial, earlier: Sequence[Statistics] = ()) -> Statistics:
         """The statistics of all batches.
