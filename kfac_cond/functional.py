@@ -11,6 +11,10 @@ from torch.autograd.graph import Node
 from .calls import Call
 from .layers.layer import Layer
 
+#: What one operation may share with the next: autocast casts a leaf once, and a backward that is itself a part of a
+#: forward takes the weight as the layer had it, transposed.
+_STAND_INS = frozenset(f"{name}Backward" for name in ("ToCopy", "T", "Transpose", "Permute", "View", "Split"))
+
 
 def used_functionally(
     layers: Mapping[str, Layer], calls: Iterable[tuple[str, Call]], outputs: Iterable[Tensor]
@@ -58,17 +62,13 @@ def _takings(nodes: Iterable[Node]) -> Counter[int]:
     """By the identity of a leaf how often these operations take it in."""
     taken: Counter[int] = Counter()
     for node in nodes:
-        if not _is_cast(node):
+        if _leaf(node) is None:
             taken.update(id(leaf) for one, _ in node.next_functions if (leaf := _leaf(one)) is not None)
     return taken
 
 
 def _leaf(node: Node | None) -> Tensor | None:
-    """The leaf that a node stands for; so does a cast of one, which autocast makes once for all operations."""
-    if node is not None and _is_cast(node):
-        ((node, _),) = node.next_functions
+    """The leaf that a node stands for: its own, or that which it is a cast or a view of."""
+    while node is not None and node.name().rstrip("0123456789") in _STAND_INS:
+        node = node.next_functions[0][0]
     return getattr(node, "variable", None)
-
-
-def _is_cast(node: Node) -> bool:
-    return node.name() == "ToCopyBackward0"
