@@ -90,6 +90,7 @@ class Call:
 
     Args:
         outputs: what it returned; None, and what has no gradient, are passed over.
+        given: what it was called with, tensors anywhere in it.
         nested: pairs (i, j) where the j-th output may lie on the way to the i-th.
         replay: of a module of several parts; None where the module is its only part, with one output.
     """
@@ -97,12 +98,15 @@ class Call:
     def __init__(
         self,
         outputs: Sequence[Tensor | None],
+        given: Any,
         replay: Replay | None = None,
         nested: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._nested = nested
         self._arrivals = [Arrival(one) if one is not None and one.requires_grad else None for one in outputs]
         self._replay = replay
+        #: The operations that gave what it was called with: those of the call itself come after.
+        self.begins = frozenset(one.grad_fn for one in tree_leaves(given) if isinstance(one, Tensor) and one.grad_fn)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -184,4 +188,4 @@ class Replays:
         replay = Replay(module, parts)
         with repeated(state), unpacked_graph():
             replay.outputs = kind.replay(replay, module, *args, **kwargs)
-        return Call(outputs, replay, kind.nested), replay
+        return Call(outputs, (args, kwargs), replay, kind.nested), replay

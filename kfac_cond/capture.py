@@ -18,13 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
-from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
-from .guards import (
-    EagerForwards,
-    kept_running_statistics,
-    without_autocast,
-)
+from .guards import EagerForwards, kept_running_statistics, without_autocast
 from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
@@ -229,7 +225,7 @@ class Capture:
         with torch.no_grad(), without_autocast(layer.like.device):
             if layer.gradient_sums is None:
                 make = partial(_itself, make())
-            use = Use(Call([output]), module, None, numbers=output.numel())
+            use = Use(Call([output], (args, kwargs)), module, None, numbers=output.numel())
             if forward.positions is not None or layer.kind.looks_up:
                 a = make()
                 use.keep = both(kept(forward.positions, *a.shape[-3:-1]), layer.kind.present(module, a))
@@ -243,7 +239,7 @@ class Capture:
         if isinstance(output, Tensor):
             a = layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
             if a is not None:
-                return a
+                return in_form(layer, "activations", a, layer.layout.columns)
         given = [type(one).__name__ for one in (*args, *kwargs.values())]
         raise CaptureError(
             f"layer '{layer.name}' ({layer.kind.name}) was called with {given} and returned {type(output).__name__}: "

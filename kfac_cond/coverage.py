@@ -15,6 +15,7 @@ from .layers.layer import Layer
 from .layers.survey import Row, Survey, survey
 from .tables import fitted, in_bytes, in_flops, table
 from .uses import Used, uses_in_forward
+from .wrapping import refuse_unfit
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,8 @@ def coverage(
 
     Raises:
         ArgumentError: not a module, a batch of another kind, or rules that do not fit the model.
-        CoverageError: with ``strict``, naming each parameter that is not covered by a form of its own.
+        CoverageError: a replicating or a quantised part; with ``strict``, naming each parameter that is not covered by
+            a form of its own.
 
     Examples:
         >>> import torch, kfac_cond as kc
@@ -251,6 +253,7 @@ def coverage(
         (1.0, 1, 96)
     """
     check_module(model)
+    refuse_unfit(model)
     found = survey(model, rules, training="kfac")
     used = None
     if batch is not None:

@@ -257,8 +257,8 @@ def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def _named(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches a layer: its name, or that of its module where its form is universal."""
-    names = [layer.name] if layer.modules else [layer.name, layer.name.rpartition(".")[0]]
+    """Whether a pattern matches a layer: its name, or that of its module where it is a part or a parameter of one."""
+    names = [layer.name, layer.owner if layer.modules else layer.name.rpartition(".")[0]]
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 

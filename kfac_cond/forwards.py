@@ -62,6 +62,28 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
     return dtype if wanted is None else torch.promote_types(dtype, wanted.dtype)
 
 
+def in_form(layer: Layer, method: str, x: Tensor, features: int | None) -> Tensor:
+    """What a method of the layer's kind gave, seen to be of the form that it should be in.
+
+    Args:
+        layer: whose kind it is.
+        method: name of the method.
+        x: what it gave.
+        features: size of the last dimension; None for any.
+
+    Raises:
+        CaptureError: it is not.
+    """
+    groups = (layer.layout.groups,) if layer.layout.groups > 1 else ()
+    if len(x.shape) < 3 or tuple(x.shape[:-3]) != groups or features not in (None, x.shape[-1]):
+        expected = ", ".join(map(str, (*groups, "batch", "positions", "features" if features is None else features)))
+        raise CaptureError(
+            f"layer '{layer.name}': {method} of its kind {layer.kind.name!r} gave a tensor of shape {tuple(x.shape)}, "
+            f"expected [{expected}]. Correct the kind, or take it back with kc.unregister_layer."
+        )
+    return x
+
+
 @dataclass
 class Use:
     """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a.
@@ -122,8 +144,10 @@ class Forward:
             pair = _homogeneous(layer, make().clone(), use.keep)
             use.a = lambda: pair
         elif layer.gradient_sums is not None:
-            # From what autograd holds for the backward anyway, and no copy of it until then.
-            use.a = lambda: _homogeneous(layer, make(), use.keep)
+            # From what autograd holds for the backward anyway, and no copy of it until then. Not by way of the use,
+            # which would hold itself, and with it the graph, until a garbage collection.
+            keep = use.keep
+            use.a = lambda: _homogeneous(layer, make(), keep)
         inputs, count = _inputs(layer, use, make, moments=moments)
         entry = self.entries.get(layer.name)
         if entry is None:
@@ -196,7 +220,7 @@ def add_gradients(
     for entry, use, gradient in reached:
         layer = entry.layer
         g = layer.kind.output_gradients(use.module, gradient.to(dtype_of(gradient, wanted)))
-        g = masked(g, use.keep)
+        g = masked(in_form(layer, "output_gradients", g, layer.layout.d_out), use.keep)
         if wanted is not None and layer.name in wanted.pairs and use.a is not None:
             uses.setdefault(layer.name, []).append(_pair(layer, use.a(), g, examples))
         if entry.moments and layer.gradient_sums is not None and use.a is not None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from .calls import Call
 from .layers.layer import Layer
+
+#: What one operation may share with the next: autocast casts a leaf once, and a backward that is itself a part of a
+#: forward takes the weight as the layer had it, transposed.
+_STAND_INS = frozenset(f"{name}Backward" for name in ("ToCopy", "T", "Transpose", "Permute", "View", "Split"))
 
 
 def used_functionally(
@@ -25,31 +29,46 @@ def used_functionally(
         calls: the calls of their modules that are known, with the layer's name; of this and of other forwards.
         outputs: of the forward, with its graph.
     """
-    edges, nodes = _walked(outputs)
-    called = Counter(name for name, call in calls if any(edge.node in nodes for edge in call.edges))
-    found = set()
-    for name, layer in layers.items():
-        each = layer.kind.edges if called[name] else 0
-        if layer.modules and each is not None:
-            used = max((edges[id(parameter)] for parameter in layer.parameters.values()), default=0)
-            if used > called[name] * each:
-                found.add(name)
-    return found
+    graph = _walked(one.grad_fn for one in outputs)
+    inside: dict[str, Counter[int]] = {}
+    of_call: dict[Call, Counter[int]] = {}
+    for name, call in calls:
+        if call not in of_call:
+            own = _walked((edge.node for edge in call.edges), until=call.begins)
+            of_call[call] = _takings(own & graph)
+        inside.setdefault(name, Counter()).update(of_call[call])
+    whole = _takings(graph)
+    return {
+        name
+        for name, layer in layers.items()
+        if layer.modules
+        and any(whole[id(one)] > inside.get(name, Counter())[id(one)] for one in layer.parameters.values())
+    }
 
 
-def _walked(outputs: Iterable[Tensor]) -> tuple[Counter[int], set[Node]]:
-    """By the identity of a leaf how many operations of a graph take it in; and these operations."""
-    edges: Counter[int] = Counter()
-    stack = [one.grad_fn for one in outputs if one.grad_fn is not None]
+def _walked(starts: Iterable[Node | None], until: Collection[Node] = ()) -> set[Node]:
+    """The operations of a graph from some of them on, without those it is walked until."""
+    stack = [node for node in starts if node is not None and node not in until]
     seen = set(stack)
     while stack:
         for node, _ in stack.pop().next_functions:
-            if node is None:
-                continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                edges[id(leaf)] += 1
-            elif node not in seen:
+            if node is not None and node not in seen and node not in until:
                 seen.add(node)
                 stack.append(node)
-    return edges, seen
+    return seen
+
+
+def _takings(nodes: Iterable[Node]) -> Counter[int]:
+    """By the identity of a leaf how often these operations take it in."""
+    taken: Counter[int] = Counter()
+    for node in nodes:
+        if _leaf(node) is None:
+            taken.update(id(leaf) for one, _ in node.next_functions if (leaf := _leaf(one)) is not None)
+    return taken
+
+
+def _leaf(node: Node | None) -> Tensor | None:
+    """The leaf that a node stands for: its own, or that which it is a cast or a view of."""
+    while node is not None and node.name().rstrip("0123456789") in _STAND_INS:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .hooks import hook_owners
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast off on ``device``: inside it a product of float32 tensors would be done in half precision."""
@@ -145,6 +147,19 @@ def kept_state(model: nn.Module) -> Iterator[None]:
         finally:
             for module, name, buffer, value in held:
                 _put_back(module, name, buffer, value)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whoever has hooks on ``model`` paused, compiled parts run eagerly, its state as before afterwards."""
+    eager = EagerForwards(model)
+    with ExitStack() as stack:
+        for owner in hook_owners(model):
+            stack.enter_context(owner.paused())
+        stack.enter_context(kept_state(model))
+        eager.enter()
+        stack.callback(eager.leave)
+        yield
 
 
 def _put_back(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, CoverageError, NumericalError
-from .guards import EagerForwards, kept_state
+from .guards import undisturbed
 from .heads import Head, bound_to_batch, divisors, invalid_targets, meaningful, picked, require_targets
-from .hooks import Hook, hidden, hook_owners, in_custom_function
+from .hooks import Hook, hidden, in_custom_function
 from .kinds import Expectation, counts_of, labels_out_of_range, require_examples, require_terms
 from .layers.naming import join, named_modules
 from .layers.survey import survey
@@ -319,17 +319,12 @@ class Linearised:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Whoever listens paused, plain kernels, dropout as in every other pass, and all as before afterwards."""
-        eager = EagerForwards(self.model)
         with ExitStack() as stack:
-            for owner in hook_owners(self.model):
-                stack.enter_context(owner.paused())
-            stack.enter_context(kept_state(self.model))
+            stack.enter_context(undisturbed(self.model))
             for name, module in self._holders.items():
                 stack.callback(module.register_forward_pre_hook(Hook(partial(_refuse_hidden, name))).remove)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.enable_grad())
-            eager.enter()
-            stack.callback(eager.leave)
             self._sow(0)
             yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,8 @@ from .data import Data, call_model
 from .errors import ArgumentError, CaptureError, NumericalError, StateError
 from .forwards import Pairs, Wanted
 from .gathering import counted, gathered
-from .guards import EagerForwards, kept_state, without_autocast
+from .guards import undisturbed, without_autocast
 from .heads import Head, bound_to_batch, invalid_targets, meaningful, picked, require_targets
-from .hooks import hook_owners
 from .kinds import Expectation, counts_of, facts, labels_out_of_range, require_terms
 from .layers.layer import Layer
 from .linalg.sides import stored_identity
@@ -54,7 +53,6 @@ class Pass:
         self.progress = options.progress
         self.dtype = options.dtype
         self.call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
-        self._looked = False
         self._take_layers(frozenset())
 
     def _take_layers(self, functional: frozenset[str]) -> None:
@@ -94,17 +92,14 @@ class Pass:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks on, whoever else listens paused; buffers and the random state as before afterwards."""
-        with ExitStack() as stack:
-            for owner in hook_owners(self.model):
-                stack.enter_context(owner.paused())
-            stack.enter_context(kept_state(self.model))
-            # All calls are ours here, so that a model which hides its own call by compiling it is heard as well.
-            eager = EagerForwards(self.model)
-            eager.enter()
-            stack.callback(eager.leave)
-            stack.callback(lambda: self.capture.remove())
-            self.capture.install()
-            yield
+        # All calls are ours here, so that a model which hides its own call by compiling it is heard as well.
+        with undisturbed(self.model):
+            try:
+                self.capture.install()
+                yield
+            finally:
+                # The one there is now: a fallback puts another in its place.
+                self.capture.remove()
 
     def run(self, partial: Partial, earlier: Sequence[Statistics] = ()) -> Statistics:
         """The statistics of all batches.
@@ -177,7 +172,6 @@ class Pass:
         if state is None or len(state["earlier"]) < number:
             return None
         self._take_layers(frozenset(state["functional"]))
-        self._looked = True
         devices = self._devices()
         for one, saved in zip(self.stored, state["stored"], strict=True):
             one.load_state(saved, devices)
@@ -221,7 +215,7 @@ class Pass:
             targets=meaningful(self.likelihood, targets),
         )
         require_targets(heads, "yield (inputs, labels)")
-        if not self._looked and self._falls_back(heads):
+        if self._falls_back(number, heads):
             return self.statistics(number, batch)
         found, invalid = self._sums(heads, batch, labels)
         self.capture.forget()
@@ -233,10 +227,20 @@ class Pass:
         self._check_usable(number, found, invalid)
         return found
 
-    def _falls_back(self, heads: Sequence[Head]) -> bool:
-        """Whether the first forward used weights otherwise than by calls; then it is to be run again."""
-        self._looked = True
-        functional = self.capture.used_functionally(head.outputs for head in heads)
+    def _falls_back(self, number: int, heads: Sequence[Head]) -> bool:
+        """Whether the first forward used weights otherwise than by calls; then it is to be run again.
+
+        Raises:
+            CaptureError: a later one did, of which the 2nd, 4th, 8th ... are looked at.
+        """
+        looked = not number & (number + 1)
+        functional = self.capture.used_functionally(head.outputs for head in heads) if looked else set()
+        if functional and number:
+            raise CaptureError(
+                f"batch {number} uses the weight of {', '.join(sorted(functional))} without a call of its module, "
+                f"which batch 0 did not: expected the same of all batches. Put such a batch first, or leave the layers "
+                f"out with rules={{name: dict(exclude=True)}}."
+            )
         if functional:
             self.capture.remove()
             self._take_layers(self.functional | functional)

@@ -16,8 +16,7 @@ from .calls import Call
 from .data import call_model
 from .errors import CaptureError
 from .functional import used_functionally
-from .guards import EagerForwards, kept_state
-from .hooks import hook_owners
+from .guards import undisturbed
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
 from .layers.replay import Replay
@@ -73,8 +72,9 @@ def uses_in_forward(
             for layer in parts.values():
                 used[layer.name].refused = str(error)
         outputs = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
+        call = Call(outputs, (args, kwargs))
         for part, layer in parts.items():
-            calls.append((layer.name, Call(outputs)))
+            calls.append((layer.name, call))
             used[layer.name].calls += 1
             if part in shapes:
                 used[layer.name].add(layer, shapes[part])
@@ -91,16 +91,9 @@ def uses_in_forward(
 
 def _forward(model: nn.Module, batch: Any) -> Any:
     """The outputs of one forward as in training, with gradients enabled and compiled parts run eagerly."""
-    eager = EagerForwards(model)
     # DDP's own forward synchronises buffers over ranks, which need not all be here.
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    with ExitStack() as stack:
-        for owner in hook_owners(model):
-            stack.enter_context(owner.paused())
-        stack.enter_context(kept_state(model))
-        eager.enter()
-        stack.callback(eager.leave)
-        stack.enter_context(torch.enable_grad())
+    with undisturbed(model), torch.enable_grad():
         outputs, _ = call_model(plain, batch)
     return outputs
 

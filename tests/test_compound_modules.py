@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_cond as kc
 
+from .helpers import Apply
 from .reference import assert_same
 from .training import EVERY_STEP
 
@@ -319,3 +320,9 @@ def test_outputs_that_are_changed_in_place_are_read_as_they_were():
     model.in_place = True
     for name, block in estimated(model, data, draws).items():
         assert_same(block.to_dense(), expected[name].to_dense())
+
+
+def test_the_name_of_a_module_asks_for_its_parts():
+    model = nn.Sequential(nn.LSTM(3, 4), Apply(lambda output: output[0][-1]), nn.Linear(4, 2))
+    found = kc.estimate(model, [torch.randn(2, 5, 3)], "categorical", options=kc.Options(layers="0"))
+    assert list(found) == ["0.ih_l0", "0.hh_l0"]

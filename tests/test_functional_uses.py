@@ -34,7 +34,7 @@ class Both(Functional):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.taken(self.called(x).tanh()).tanh()
-        return self.head((h @ self.taken.weight.T).tanh())
+        return self.head(F.linear(h, self.taken.weight).tanh())
 
 
 class Unhooked(Functional):
@@ -42,6 +42,15 @@ class Unhooked(Functional):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.taken.forward(self.called(x).tanh()).tanh())
+
+
+class Differentiated(Functional):
+    """A forward that is a derivative, as forces are of an energy: its backward takes the weight in once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.called(x).tanh()
+        (force,) = torch.autograd.grad(self.taken(h).tanh().sum(), h, create_graph=True)
+        return self.head(force)
 
 
 class Attending(Functional):
@@ -56,7 +65,30 @@ class Attending(Functional):
         return self.head(found[0])
 
 
-MODELS = [Functional, Both, Unhooked, Attending]
+class Beside(nn.Module):
+    """A module of several weights that is called, and the first rows of one of them used once more."""
+
+    def __init__(self, module: nn.Module, weight: str) -> None:
+        super().__init__()
+        self.module, self.weight, self.head = module, weight, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for _ in range(2):
+            h = self.module(h, h, h)[0] if isinstance(self.module, nn.MultiheadAttention) else self.module(h)[0]
+        return self.head((h @ self.module.get_parameter(self.weight)[:4].T).tanh())
+
+
+BESIDE = {
+    "in_proj_weight": lambda: nn.MultiheadAttention(4, 2),
+    "out_proj.weight": lambda: nn.MultiheadAttention(4, 2),
+    "weight_ih_l0": lambda: nn.LSTM(4, 4),
+    "weight_hh_l1": lambda: nn.GRU(4, 4, num_layers=2),
+    "weight_ih_l1": lambda: nn.RNN(4, 4, num_layers=2),
+    "weight_hh_l0": lambda: nn.LSTM(4, 6, proj_size=4),
+}
+
+MODELS = [Functional, Both, Unhooked, Differentiated, Attending]
 
 
 def step(kfac: kc.KFAC, model: nn.Module, inputs: Tensor, **draws: Tensor) -> None:
@@ -107,7 +139,7 @@ def test_the_first_capture_takes_nothing_wrong_in(make):
 
 
 @pytest.mark.parametrize("structure", ["kfac", "diagonal", "block"])
-@pytest.mark.parametrize("make", MODELS[:3])
+@pytest.mark.parametrize("make", MODELS[:-1])
 def test_an_estimate_is_right_from_the_first_batch_on(make, structure):
     model, inputs, labels = make(), torch.randn(6, 3), torch.randint(2, (6,))
     data = [(inputs[:2], labels[:2]), (inputs[2:], labels[2:])]
@@ -122,6 +154,45 @@ def test_an_estimate_is_right_from_the_first_batch_on(make, structure):
         assert_same(block.values.flatten(), D.square().sum(0) / 6)
     else:
         assert_same(block.to_dense(), D.T @ D / 6)
+
+
+@pytest.mark.parametrize("weight", BESIDE)
+def test_a_weight_of_several_is_seen_beside_the_calls_of_its_module(weight):
+    module = BESIDE[weight]()
+    rows = {row.path: row.form for row in kc.coverage(Beside(module, weight), torch.randn(5, 4)).rows}
+    assert rows[f"module.{weight}"] == "universal"
+    # What is used in the calls alone keeps its form.
+    assert set(rows.values()) == {"universal", "kronecker"}
+
+
+def test_a_weight_that_autocast_casts_once_is_seen_beside_the_calls():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = {row.path: row.form for row in kc.coverage(Both().float(), torch.randn(5, 3).float()).rows}
+    assert rows["taken.weight"] == "universal"
+    assert rows["called.weight"] == "kronecker"
+
+
+def test_a_weight_of_a_registered_kind_is_seen_beside_the_calls_of_its_module():
+    class Halved(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / 2, self.bias)
+
+    class HalvedKind(kc.LayerKind):
+        def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
+            return inputs[:, None] / 2
+
+        def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
+            return gradient[:, None]
+
+    kc.register_layer(Halved, HalvedKind)
+    model = Both()
+    model.taken, model.called = Halved(4, 4), Halved(3, 4)
+    try:
+        rows = {row.path: row.form for row in kc.coverage(model, torch.randn(5, 3)).rows}
+    finally:
+        kc.unregister_layer(Halved)
+    assert rows["taken.weight"] == "universal"
+    assert rows["called.weight"] == "kronecker"
 
 
 def test_a_pattern_of_layers_reaches_its_parameters():
@@ -173,13 +244,28 @@ def test_a_layer_that_a_forward_leaves_out_keeps_its_form(caplog):
     assert "did not take part in the first forward: taken" in caplog.text
 
 
+class Later(Functional):
+    """One that takes the weight only once it is switched on."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.on else self.head(self.called(x).tanh())
+
+
+def test_an_estimate_refuses_what_is_used_only_later():
+    model = Later()
+
+    def data():
+        yield torch.randn(5, 3)
+        model.on = True
+        yield torch.randn(5, 3)
+
+    with pytest.raises(kc.CaptureError, match="batch 1 uses the weight of taken without a call of its module"):
+        kc.estimate(model, data, "categorical")
+
+
 def test_what_is_used_only_later_is_seen_later():
-    class Later(Functional):
-        on = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if self.on else self.head(self.called(x).tanh())
-
     model = Later()
     kfac = kc.KFAC(model, "categorical", schedule=EVERY_STEP)
     step(kfac, model, torch.randn(5, 3))
@@ -196,9 +282,11 @@ def test_calls_alone_are_no_other_use(uses, caplog):
             super().__init__()
             self.layer, self.norm, self.conv = nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(1, 1, 3, padding=1)
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.recurrent, self.cell = nn.GRU(4, 2, num_layers=2, bidirectional=True), nn.GRUCell(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(uses):
+                x = self.cell(self.recurrent(x[None])[0][0], x)
                 x = self.norm(self.layer(x)).tanh()
                 x = self.conv(x[:, None])
                 x = self.attention(x, x, x)[0][:, 0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -170,3 +172,16 @@ def test_a_state_of_another_structure_is_refused():
 def test_other_words_are_refused(structure):
     with pytest.raises(kc.ArgumentError, match="KFAC trains with one of kfac, tkfac, diagonal"):
         kc.KFAC(network(), "categorical", structure=structure)
+
+
+@pytest.mark.parametrize("structure", TRAINED)
+def test_a_step_lets_go_of_its_inputs_without_a_garbage_collection(structure):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    kfac, inputs, held = kc.KFAC(model, "categorical", structure=structure, schedule=EVERY_STEP), torch.randn(5, 3), []
+    model[1].register_forward_hook(lambda module, args, output: held.append(weakref.ref(args[0])))
+    gc.disable()
+    try:
+        step(kfac, model, inputs)
+        assert held[0]() is None
+    finally:
+        gc.enable()

@@ -29,6 +29,7 @@ ASKED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "gram": lambda model, inputs: kc.gram(model, [inputs], "categorical"),
 }
 EVERY_WAY = pytest.mark.parametrize("asked", ASKED)
+REFUSING = {**ASKED, "coverage": lambda model, inputs: kc.coverage(model)}
 
 
 @pytest.fixture
@@ -39,16 +40,16 @@ def batch() -> tuple[Tensor, Tensor]:
 # -- what cannot be captured ------------------------------------------------------------------------------------------
 
 
-@EVERY_WAY
+@pytest.mark.parametrize("asked", REFUSING)
 @pytest.mark.parametrize(
     ("around", "name"), [(lambda model: model, "DataParallel"), (nn.Sequential, "0")], ids=["whole", "part"]
 )
 def test_data_parallel_is_refused(around, name, asked, batch):
     with pytest.raises(kc.CoverageError, match=rf"'{name}' is nn\.DataParallel.*DistributedDataParallel"):
-        ASKED[asked](around(nn.DataParallel(classifier())), batch[0])
+        REFUSING[asked](around(nn.DataParallel(classifier())), batch[0])
 
 
-@EVERY_WAY
+@pytest.mark.parametrize("asked", REFUSING)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("where", [0, 2])
 def test_a_quantised_part_is_refused_by_name(where, asked):
@@ -59,7 +60,7 @@ def test_a_quantised_part_is_refused_by_name(where, asked):
     model = classifier()
     model[where] = quantise(nn.Sequential(model[where]), {nn.Linear})
     with pytest.raises(kc.CoverageError, match=rf"'{where}\.0' is a quantised Linear.*Quantise after training"):
-        ASKED[asked](model, torch.randn(4, 3))
+        REFUSING[asked](model, torch.randn(4, 3))
 
 
 class Through(nn.Module):

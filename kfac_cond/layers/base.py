@@ -64,8 +64,6 @@ class LayerKind(ABC):
     looks_up: ClassVar[bool] = False
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
-    #: How many operations of the graph take a parameter in at each call; None where that is not known.
-    edges: ClassVar[int | None] = None
     #: What is summed of the weight gradients of examples, where it is not a a^T and g g^T of positions.
     gradient_sums: ClassVar[GradientSums | None] = None
 

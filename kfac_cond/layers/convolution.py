@@ -26,7 +26,6 @@ class ConvolutionKind(LayerKind):
 
     name: ClassVar[str] = "convolution"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    edges: ClassVar[int | None] = 1
     methods: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:

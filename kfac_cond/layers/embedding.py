@@ -30,7 +30,6 @@ class EmbeddingKind(LayerKind):
 
     name: ClassVar[str] = "embedding"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
-    edges: ClassVar[int | None] = 1
     looks_up: ClassVar[bool] = True
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:

@@ -87,6 +87,11 @@ class WeightLayout:
         return self._rows // self.groups
 
     @property
+    def columns(self) -> int | None:
+        """Columns of a weight that trains; None where it does not."""
+        return None if self.weight is None else self._columns
+
+    @property
     def d_in(self) -> int:
         """Columns of the matrix, the bias column included."""
         return (self._columns if self.weight is not None else 0) + (self.bias is not None)

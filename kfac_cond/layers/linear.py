@@ -18,7 +18,6 @@ class LinearKind(LayerKind):
 
     name: ClassVar[str] = "linear"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    edges: ClassVar[int | None] = 1
 
     def matches(self, module: nn.Module) -> bool:
         """Every linear layer but attention's out_proj, whose module is never called."""

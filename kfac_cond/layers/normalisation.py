@@ -31,7 +31,6 @@ class NormKind(LayerKind):
     the constant 1 at every position, so that a product of means over positions would miss most of it.
     """
 
-    edges: ClassVar[int | None] = 1
     gradient_sums: ClassVar[GradientSums | None] = MOMENTS
 
     def layout(self, module: nn.Module, *, weight: str | None, bias: str | None) -> WeightLayout:

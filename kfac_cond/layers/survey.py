@@ -81,7 +81,7 @@ def survey(
     for key, (parameter, places) in uses.items():
         if not parameter.requires_grad or key in layer_of:
             continue
-        why.setdefault(key, _without_form(places[0].module, parameter))
+        why.setdefault(key, _without_form(places, parameter))
         if refusal := _refusal(parameter, places):
             refused[key] = refusal
         else:
@@ -246,11 +246,20 @@ def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[st
     reason, remedy = _as_diagonals(layer)
     if layer.modules:
         remarks = dict.fromkeys(layer.kind.remark(module, layer.sharing) for module in layer.modules)
-        reason = "; ".join(filter(None, (*remarks, reason)))
+        reason = "; ".join(
+            filter(None, (*_tied(places, "their uses count as positions of one layer"), *remarks, reason))
+        )
         return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
     said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
     reason, remedy = "; ".join(filter(None, (said, reason))), "; ".join(filter(None, (why[1], remedy)))
     return Row(path, type(places[0].module).__name__, parameter.numel(), True, reason, remedy, "universal")
+
+
+def _tied(places: list[Use], meaning: str) -> list[str]:
+    """The other places that hold a parameter, and what that means; nothing where there are none."""
+    others = [f"'{join(use.owner, use.attribute)}'" for use in places[1:]]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [f"tied to {', '.join(others[:3])}{more}: {meaning}"] if others else []
 
 
 def _left_out(parameter: nn.Parameter, places: list[Use], reason: str, remedy: str) -> Row:
@@ -273,15 +282,16 @@ def _as_diagonals(layer: Layer) -> tuple[str, str]:
     )
 
 
-def _without_form(module: nn.Module, parameter: nn.Parameter) -> tuple[str, str]:
+def _without_form(places: list[Use], parameter: nn.Parameter) -> tuple[str, str]:
     """Why no kind takes the module that holds a parameter, with the remedy."""
+    module = places[0].module
     if (found := overridden(module)) is not None:
         where = "on this instance" if found.method in vars(module) else f"by {type(module).__name__}"
         return (
             f"{found.base.__name__} with its {found.method} replaced {where}",
             f"put what it adds into a module around a plain {found.base.__name__}, or write {_OWN_KIND}",
         )
-    reason = "no Kronecker form for this module type"
+    reason = "; ".join(("no Kronecker form for this module type", *_tied(places, "one parameter")))
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.ndim < 2:
         return reason, ""
     return reason, f"for a form of its own nn.Linear or nn.Conv modules in its place, or {_OWN_KIND}"

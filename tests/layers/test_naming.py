@@ -9,6 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import kfac_cond as kc
 from kfac_cond.layers.naming import join, named_modules
+from kfac_cond.layers.survey import survey
 
 from ..helpers import classifier
 
@@ -45,7 +46,7 @@ def compiled_inside() -> nn.Module:
     ],
 )
 def test_wrappers_leave_no_mark_on_names(wrap):
-    rows = kc.coverage(wrap()).rows
+    rows = survey(wrap()).rows
     assert [row.path for row in rows] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert all(row.covered for row in rows)
 

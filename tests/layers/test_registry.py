@@ -146,6 +146,21 @@ def test_what_is_no_kind_of_a_module_is_refused(arguments, match):
     assert kind_of(Equalised(2, 2)) is None
 
 
+@pytest.mark.parametrize("method", ["activations", "output_gradients"])
+@pytest.mark.parametrize(
+    ("wrong", "found"), [(lambda x: x[:, 0], r"\(5, 3\)"), (lambda x: x[..., :2], r"\(5, 1, 2\)")], ids=["flat", "cut"]
+)
+def test_a_kind_that_gives_another_form_is_refused_with_the_layer(method, wrong, found):
+    right = getattr(EqualisedKind, method)
+    kind = type("Wrong", (EqualisedKind,), {method: lambda self, module, x: wrong(right(self, module, x))})
+    kc.register_layer(Equalised, kind)
+    try:
+        with pytest.raises(kc.CaptureError, match=rf"layer '0': {method} .* {found}, expected \[batch, positions, 3\]"):
+            kc.estimate(nn.Sequential(Equalised(3, 3)), [torch.randn(5, 3)], "categorical")
+    finally:
+        kc.unregister_layer(Equalised)
+
+
 @pytest.mark.usefixtures("registered")
 def test_registering_twice_is_refused_with_the_remedy():
     with pytest.raises(kc.ArgumentError, match=r"as EqualisedKind: call kc\.unregister_layer\(Equalised\) first"):

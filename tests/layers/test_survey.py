@@ -50,6 +50,15 @@ def test_tied_layers_are_one(bias):
     assert layer.modules == (model[0], model[1])
 
 
+def test_what_is_tied_is_said_in_its_row():
+    rows = {row.path: row.reason for row in survey(tied()).rows}
+    assert rows["0.weight"] == "tied to '1.weight': their uses count as positions of one layer"
+    model = nn.Sequential(*(nn.PReLU() for _ in range(6)))
+    for one in model[1:]:
+        one.weight = model[0].weight
+    assert "tied to '1.weight', '2.weight', '3.weight' and 2 more: one parameter" in survey(model).rows[0].reason
+
+
 def test_a_module_held_twice_is_one_layer_with_one_module():
     layer = nn.Linear(3, 3)
     (found,) = survey(nn.Sequential(layer, nn.ReLU(), layer)).layers.values()
