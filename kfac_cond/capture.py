@@ -29,7 +29,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
-from .layers.sharing import both, kept
+from .layers.sharing import both, kept, one_example
 from .statistics import LayerSums
 
 logger = logging.getLogger("kfac_cond")
@@ -294,7 +294,8 @@ class Capture:
                 continue
             found, of_parameters = self._arrived(sent, [*edges, *(edge for _, edge in ends)])
             now = {index for (index, _), g in zip(ends, found[len(edges) :], strict=True) if g is not None}
-            reached = reached_uses(uses, by_call(calls, found[: len(edges)]))
+            with torch.no_grad():
+                reached = reached_uses(uses, by_call(calls, found[: len(edges)]), self._wanted)
             if self._wanted is not None and self._wanted.by_example:
                 reached = [(index, self._of_each(sent, one, examples)) for index, one in reached]
             del found
@@ -374,14 +375,18 @@ class Capture:
         return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
 
     def _of_each(self, sent: Sent, reached: tuple[Entry, Use, Tensor], examples: int) -> tuple[Entry, Use, Tensor]:
-        """The use of what all examples look up as one of each example, with the gradients of their own scores alone."""
+        """A use whose inputs are not told apart by example as one of each, with the gradients of their own scores."""
         entry, use, whole = reached
-        if not entry.layer.kind.looks_up or use.batch == examples:
+        if whole.shape[-3] == examples:
             return reached
-        edges, part = use.call.edges, entry.layer.part.name
-        found = (self._gradients(sent.outputs, edges, score) for score in sent.one_by_one())
-        each = [use.call.output_gradients(iter(one)).get(part, torch.zeros_like(whole)) for one in found]
-        return entry, use.of_each(examples), torch.stack(each)
+        layer, edges, each = entry.layer, use.call.edges, []
+        for score in sent.one_by_one():
+            found = self._gradients(sent.outputs, edges, score)
+            with torch.no_grad():
+                g = use.call.output_gradients(iter(found)).get(layer.part.name)
+                own = torch.zeros_like(whole) if g is None else use.gradients(layer, g, self._wanted)
+                each.append(one_example(own))
+        return entry, use.of_each(examples), torch.cat(each, dim=-3)
 
     def _gradients(
         self, outputs: Tensor, edges: Sequence[GradientEdge] | Sequence[GradientEdge | Tensor], score: Tensor

@@ -257,8 +257,9 @@ def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def _named(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches a layer: its name, or that of its module where its form is universal."""
-    names = [layer.name] if layer.modules else [layer.name, layer.name.rpartition(".")[0]]
+    """Whether a pattern matches a layer: its name, that of its module, or that of one of its parameters."""
+    # By its parameter as well, which is the layer's name once its weight is seen to be used without a call.
+    names = [layer.name, *layer.layout.names] if layer.modules else [layer.name, layer.name.rpartition(".")[0]]
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
