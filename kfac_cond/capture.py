@@ -7,20 +7,20 @@ gradients are not computed and nothing the user sees changes. A is formed in the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
+from .backwards import Backwards
+from .calls import Call, OwnTensors, Replays, by_call, ends_of
 from .errors import CaptureError
-from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
+from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
-from .guards import EagerForwards, kept_running_statistics, without_autocast
+from .guards import EagerForwards, without_autocast
 from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
@@ -34,17 +34,6 @@ logger = logging.getLogger("kfac_cond")
 #: holds its graph, and a validation loop with gradients enabled must not fill the memory.
 MAX_WAITING = 8
 MAX_SPENT = 4
-
-#: What autograd refuses, by words of its message, and what that means here.
-_REFUSALS = {
-    "second time": (
-        "the graph of these outputs was freed by a backward already: call kfac.update(outputs) before loss.backward()."
-    ),
-    "use_reentrant": (
-        "the model uses reentrant activation checkpointing, through which no scores can be sent back: checkpoint with "
-        "use_reentrant=False."
-    ),
-}
 
 Positions = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 Heard = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -92,6 +81,7 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
+        self._backwards = Backwards(model, self._universal, wanted)
         self._own = OwnTensors(layers)
         #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
         self._recording = self._foreign = False
@@ -288,11 +278,9 @@ class Capture:
         for sent in scores:
             if not sent.outputs.requires_grad:
                 continue
-            found, of_parameters = self._arrived(sent, [*edges, *(edge for _, edge in ends)])
+            found, of_parameters = self._backwards.arrived(sent, [*edges, *(edge for _, edge in ends)])
             now = {index for (index, _), g in zip(ends, found[len(edges) :], strict=True) if g is not None}
             reached = reached_uses(uses, by_call(calls, found[: len(edges)]))
-            if self._wanted is not None and self._wanted.by_example:
-                reached = [(index, self._of_each(sent, one, examples)) for index, one in reached]
             del found
             now |= {index for index, *_ in reached}
             if not now:
@@ -301,7 +289,9 @@ class Capture:
             touched |= now
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)
-                add_gradients(sums, [one for _, one in reached], place, examples, self._wanted, of_parameters)
+                add_gradients(
+                    sums, self._backwards.in_form(sent, reached, examples), place, examples, self._wanted, of_parameters
+                )
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]
@@ -339,59 +329,11 @@ class Capture:
         if not edges:
             return False
         try:
-            found = self._gradients(outputs, edges, torch.zeros_like(outputs))
+            found = self._backwards.gradients(outputs, edges, torch.zeros_like(outputs))
         except CaptureError:
             # The way to our edges was freed by a backward; a graph that does not lead to them is never entered.
             return True
         return any(gradient is not None for gradient in found)
-
-    def _arrived(
-        self, sent: Sent, edges: Sequence[GradientEdge]
-    ) -> tuple[Sequence[Tensor | None], list[tuple[Layer, Tensor]]]:
-        """The gradients of one score at edges, and [n, *shape] of each parameter in the universal form that it reaches.
-
-        Leaves give their gradient to the call alone: ``.grad`` and the hooks of accumulation see nothing of it.
-        """
-        for layer in self._universal:
-            layer.check_unchanged()
-        parameters = [next(iter(layer.parameters.values())) for layer in self._universal]
-        if not parameters:
-            return self._gradients(sent.outputs, edges, sent.score), []
-        if self._wanted is None or not self._wanted.by_example:
-            found = self._gradients(sent.outputs, [*edges, *parameters], sent.score)
-            pairs = zip(self._universal, found[len(edges) :], strict=True)
-            return found[: len(edges)], [(layer, dense_gradient(layer, g)[None]) for layer, g in pairs if g is not None]
-        found = self._gradients(sent.outputs, edges, sent.score)
-        of_each: dict[str, list[Tensor]] = {}
-        for score in sent.one_by_one():
-            for layer, g in zip(self._universal, self._gradients(sent.outputs, parameters, score), strict=True):
-                if g is not None:
-                    of_each.setdefault(layer.name, []).append(dense_gradient(layer, g))
-        return found, [(layer, torch.stack(of_each[layer.name])) for layer in self._universal if layer.name in of_each]
-
-    def _of_each(self, sent: Sent, reached: tuple[Entry, Use, Tensor], examples: int) -> tuple[Entry, Use, Tensor]:
-        """The use of what all examples look up as one of each example, with the gradients of their own scores alone."""
-        entry, use, whole = reached
-        if not entry.layer.kind.looks_up or use.batch == examples:
-            return reached
-        edges, part = use.call.edges, entry.layer.part.name
-        found = (self._gradients(sent.outputs, edges, score) for score in sent.one_by_one())
-        each = [use.call.output_gradients(iter(one)).get(part, torch.zeros_like(whole)) for one in found]
-        return entry, use.of_each(examples), torch.stack(each)
-
-    def _gradients(
-        self, outputs: Tensor, edges: Sequence[GradientEdge] | Sequence[GradientEdge | Tensor], score: Tensor
-    ) -> Sequence[Tensor | None]:
-        """One backward from a score to edges and leaves. Autocast would reach into it, hence off."""
-        with without_autocast(outputs.device), kept_running_statistics(self.model):
-            try:
-                # Edges and leaves may come mixed, which the annotation does not know.
-                inputs = cast("Sequence[GradientEdge]", edges)
-                return torch.autograd.grad(outputs, inputs, score, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                if known := next((words for key, words in _REFUSALS.items() if key in str(error)), None):
-                    raise CaptureError(known) from error
-                raise
 
 
 def _itself(x: Tensor) -> Tensor:

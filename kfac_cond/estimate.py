@@ -257,8 +257,10 @@ def _with_inputs(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def _named(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches a layer: its name, or that of its module where it is a part or a parameter of one."""
-    names = [layer.name, layer.owner if layer.modules else layer.name.rpartition(".")[0]]
+    """Whether a pattern matches a layer: its name, that of its module, or that of one of its parameters."""
+    # By its parameter as well, which is the layer's name once its weight is seen to be used without a call.
+    owner = layer.owner if layer.modules else layer.name.rpartition(".")[0]
+    names = [layer.name, owner, *layer.layout.names]
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 

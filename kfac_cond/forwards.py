@@ -36,8 +36,8 @@ class Wanted:
         pairs: layers whose activations are kept until the scores come back.
         take: called with the pairs of one batch and score, and with the score's weight and slot.
         dtype: of the statistics, where they would be narrower.
-        by_example: whether parameters in the universal form are asked for the gradient of each example, in place of
-            that of all examples together.
+        by_example: whether parameters in the universal form, and calls whose first dimension does not count examples,
+            are asked for the gradient of each example, in place of that of all examples together.
     """
 
     moments: frozenset[str]
@@ -100,13 +100,18 @@ class Use:
     batch: int = 0
     numbers: int = 1
 
+    def gradients(self, layer: Layer, gradient: Tensor, wanted: Wanted | None) -> Tensor:
+        """What arrived at its output as g [..., batch, positions, d_out], in the dtype of statistics."""
+        g = layer.kind.output_gradients(self.module, gradient.to(dtype_of(gradient, wanted)))
+        return in_form(layer, "output_gradients", g, layer.layout.d_out)
+
     def of_each(self, examples: int) -> Use:
-        """Of inputs that all examples share: as if each had looked them up, all of them as its positions."""
+        """Of inputs that are not told apart by example: as if each had all of them as its positions."""
         keep, make = self.keep, self.a
         return replace(
             self,
             keep=None if keep is None else one_example(keep),
-            a=None if make is None else lambda: one_example(make()).expand(examples, -1, -1),
+            a=None if make is None else lambda: _repeated(one_example(make()), examples),
         )
 
 
@@ -187,6 +192,11 @@ def _homogeneous(layer: Layer, a: Tensor, keep: Tensor | None) -> Tensor:
     return masked(a, keep)
 
 
+def _repeated(a: Tensor, examples: int) -> Tensor:
+    """The positions of one example as those of each of several."""
+    return a.expand(*a.shape[:-3], examples, -1, -1)
+
+
 def reached_uses(
     uses: Iterable[tuple[int, Entry, Use]], arrived: Mapping[Call, Mapping[str, Tensor]]
 ) -> list[tuple[int, tuple[Entry, Use, Tensor]]]:
@@ -207,7 +217,7 @@ def add_gradients(
 
     Args:
         sums: by layer name.
-        reached: the uses of layers that a gradient arrived at.
+        reached: the uses of layers that a gradient arrived at, with their g, one at a time.
         place: where it is added.
         examples: N.
         wanted: what is asked for where it is not A and G of every layer.
@@ -217,10 +227,8 @@ def add_gradients(
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     own: dict[str, tuple[Layer, list[tuple[Tensor, Tensor]]]] = {}
-    for entry, use, gradient in reached:
-        layer = entry.layer
-        g = layer.kind.output_gradients(use.module, gradient.to(dtype_of(gradient, wanted)))
-        g = masked(in_form(layer, "output_gradients", g, layer.layout.d_out), use.keep)
+    for entry, use, whole in reached:
+        layer, g = entry.layer, masked(whole, use.keep)
         if wanted is not None and layer.name in wanted.pairs and use.a is not None:
             uses.setdefault(layer.name, []).append(_pair(layer, use.a(), g, examples))
         if entry.moments and layer.gradient_sums is not None and use.a is not None:
@@ -285,8 +293,9 @@ def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     """(a, g) with the entries that belong to one example as its positions, as far as their number tells.
 
     Examples are along dimension 0, or along that of positions; or several entries in a row are one example's, as tokens
-    flattened batch-first or windows are. Entries of any other number stand for themselves. Whatever is grouped, labels
-    are drawn independently, so that no product between two examples stays in expectation.
+    flattened batch-first or windows are. Entries of any other number, those that all examples share among them, are
+    the positions of one. Whatever is grouped, labels are drawn independently, so that no product between two examples
+    stays in expectation.
     """
     entries, positions = g.shape[-3:-1]
     if examples == 1:
@@ -298,7 +307,7 @@ def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
     if examples and entries % examples == 0:
         runs = (examples, entries // examples)
         return tuple(torch.unflatten(x, -3, runs).flatten(-3, -2) for x in (a, g))  # type: ignore[return-value]
-    return a, g
+    return one_example(a), one_example(g)
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

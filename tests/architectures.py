@@ -244,6 +244,23 @@ def swin() -> Made:
     return _vision(model, "x", 16)
 
 
+def swin_v2() -> Made:
+    """Position biases from a network on a table that all examples share; a weight of attention used without a call."""
+    models = library("torchvision").models.swin_transformer
+    model = models.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=[2, 2],
+        stochastic_depth_prob=0.0,
+        num_classes=CLASSES,
+        block=models.SwinTransformerBlockV2,
+        downsample_layer=models.PatchMergingV2,
+    )
+    return _vision(model, "x", 16)
+
+
 def vision_transformer() -> Made:
     models = library("torchvision").models.vision_transformer
     model = models.VisionTransformer(
@@ -268,6 +285,7 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "MobileNet": mobilenet,
     "ConvNeXt": convnext,
     "Swin": swin,
+    "SwinV2": swin_v2,
     "VisionTransformer": vision_transformer,
     "RegNet": regnet,
     "ShuffleNet": shufflenet,

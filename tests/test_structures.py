@@ -304,7 +304,7 @@ def test_padded_positions_add_nothing(structure):
     assert_same(estimated(padded, masks, labels).to_dense(), estimated(x[:, :3], kc.Data(), labels[:, :3]).to_dense())
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "unit_wise", "block", "dense"])
+@pytest.mark.parametrize("structure", ["ekfac", "tkfac", "kpsvd", "diagonal", "unit_wise", "block"])
 def test_positions_that_pose_as_examples_are_refused(structure):
     """A weight gradient of one example cannot be made of rows that do not say whose they are."""
     model = nn.Sequential(Apply(lambda x: x.reshape(-1, 3)), nn.Linear(3, 2), Apply(lambda h: h.reshape(-1, 2, 2)))
