@@ -295,20 +295,30 @@ class KFAC:
             functional=self._wrapped.functional,
         )
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, strict: bool = True) -> state.Unmatched:
         """Take over a state of the same model; tensors go where the model is.
 
+        Args:
+            saved: what ``state_dict`` gave.
+            strict: refuse a state of other layers, as ``nn.Module`` does. Without it what fits is taken over, and the
+                other layers stay as they are.
+
+        Returns:
+            The layers of the model that the state has not, and those of the state that the model has not.
+
         Raises:
-            StateError: another format, other layers or other shapes; nothing is changed then.
+            StateError: another format, other shapes, or other layers where ``strict``; nothing is changed then.
         """
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
-        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience)
+        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, strict=strict)
         self._watch(self._wrapped.look_again(functional))
-        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
+        fresh = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
+        self._factors = fresh.with_those(loaded.unmatched.missing_keys, of=self._factors)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
+        return loaded.unmatched
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
