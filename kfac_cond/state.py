@@ -82,7 +82,7 @@ def save(
         "version": VERSION,
         "step": step,
         "seed": draws.seed,
-        "draws": draws.state(),
+        "draws": tuple(draws.state().items()),
         "heads": list(slots.names),
         "functional": sorted(functional),
         "health": tuple(health.state().items()),
@@ -135,7 +135,7 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
     try:
         health.load_state(_paired(saved, "health"), shared)
         step, draws = int(saved["step"]), Draws(int(saved["seed"]))
-        draws.load_state(saved["draws"])
+        draws.load_state(_paired(saved, "draws"))
         gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
