@@ -1,4 +1,4 @@
-"""Checkpoints: of other layers, through torch.distributed.checkpoint, and after a write that did not come to its end."""
+"""Checkpoints: of other layers, through torch.distributed.checkpoint, and after a write that was cut short."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class TestDistributedCheckpoint:
         assert same(everything(after[0]), everything(whole[0]))
 
     def test_what_was_gathered_and_not_taken_goes_with_it(self, tmp_path):
-        kfac, criterion, optimizer = build(model := network())
+        kfac, criterion, _ = build(model := network())
         x, y = batches(1)[0]
         criterion(model(x), y)
         dcp.save({"kfac": kfac}, checkpoint_id=tmp_path)
