@@ -117,7 +117,7 @@ def batch_of(step: int, text: Tensor, size: Size, *, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share the work.
+    """One process among those that share the work.
 
     Args:
         rank: its number.
@@ -166,7 +166,9 @@ class Curve:
 
     def at(self, seconds: float) -> float | None:
         """The last loss that was measured within so many seconds."""
-        return next((loss for at, loss in zip(self.seconds[::-1], self.losses[::-1], strict=True) if at <= seconds), None)
+        return next(
+            (loss for at, loss in zip(self.seconds[::-1], self.losses[::-1], strict=True) if at <= seconds), None
+        )
 
 
 class Run:
@@ -271,7 +273,9 @@ class Run:
         self.curve.steps.append(self.step)
         self.curve.seconds.append(seconds)
         self.curve.losses.append(loss)
-        self.ranks.say(f"{self.name:6} step {self.step:5}  validation loss {loss:.4f}  {seconds:7.1f} s{self._metrics()}")
+        self.ranks.say(
+            f"{self.name:6} step {self.step:5}  validation loss {loss:.4f}  {seconds:7.1f} s{self._metrics()}"
+        )
 
     def _metrics(self) -> str:
         if self.kfac is None:

@@ -251,8 +251,7 @@ class KFAC:
             )
         if self.trust_region is not None and lr is None:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
-        rate = 1.0 if lr is None else lr
-        rates = {id(p): rate for layer in self.layers.values() for p in layer.parameters.values()}
+        rates = {id(p): 1.0 if lr is None else lr for layer in self.layers.values() for p in layer.parameters.values()}
         if not self.before_step(list(self.layers), rates, None):
             raise NotReadyError("precondition() found no gradient of a covered layer: call it after loss.backward()")
         self.advance(None)
@@ -284,10 +283,7 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
         return state.save(
-            self.layers,
-            average=self._factors.average,
-            inverses=self._factors.inverses,
-            health=self._factors.health,
+            self._factors,
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
@@ -300,11 +296,10 @@ class KFAC:
 
         Args:
             saved: what ``state_dict`` gave.
-            strict: refuse a state of other layers, as ``nn.Module`` does. Without it what fits is taken over, and the
-                other layers stay as they are.
+            strict: refuse a state of other layers, as ``nn.Module`` does; without it take over what fits.
 
         Returns:
-            The layers of the model that the state has not, and those of the state that the model has not.
+            The layers that the state has not, which stay as they are, and those that the model has not.
 
         Raises:
             StateError: another format, other shapes, or other layers where ``strict``; nothing is changed then.
@@ -313,8 +308,7 @@ class KFAC:
         layers = self._wrapped.now(functional).layers
         loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, strict=strict)
         self._watch(self._wrapped.look_again(functional))
-        fresh = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
-        self._factors = fresh.with_those(loaded.unmatched.missing_keys, of=self._factors)
+        self._factors = loaded.factors.with_those(loaded.unmatched.missing_keys, of=self._factors)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()

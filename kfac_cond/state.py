@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .draws import Draws
 from .errors import StateError
+from .factors import Factors
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
@@ -56,20 +57,15 @@ class Loaded:
 
     unmatched: Unmatched
 
-    average: MovingAverage
-    inverses: dict[str, Block]
-    health: Health
+    factors: Factors
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
     step: int
 
 
 def save(
-    layers: Mapping[str, Layer],
+    factors: Factors,
     *,
-    average: MovingAverage,
-    inverses: Mapping[str, Block],
-    health: Health,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
     slots: Slots,
@@ -85,7 +81,7 @@ def save(
         "draws": tuple(draws.state().items()),
         "heads": list(slots.names),
         "functional": sorted(functional),
-        "health": tuple(health.state().items()),
+        "health": tuple(factors.health.state().items()),
         "gathered": () if gathered is None else (_gathered_state(*gathered),),
         "layers": tuple(
             (
@@ -93,11 +89,11 @@ def save(
                 {
                     "shape": list(layer.layout.matrix_shape),
                     "parameters": list(layer.layout.names),
-                    "average": average.layer_state(name),
-                    "inverse": _inverse_state(inverses.get(name)),
+                    "average": factors.average.layer_state(name),
+                    "inverse": _inverse_state(factors.inverses.get(name)),
                 },
             )
-            for name, layer in layers.items()
+            for name, layer in factors.layers.items()
         ),
     }
 
@@ -139,7 +135,7 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
         gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(unmatched, average, inverses, health, gathered, draws, step)
+    return Loaded(unmatched, Factors(layers, average, health, inverses), gathered, draws, step)
 
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:

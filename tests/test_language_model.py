@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,23 +95,29 @@ def test_two_ranks_train_on_the_batches_of_one_and_one_goes_on_with_their_checkp
     assert checkpoint(tmp_path / "two", "kfac")["step"] == 6
 
 
-def test_bfloat16(tmp_path):
-    run("--bf16", "--optimizer", "kfac", "--until", "2", out=tmp_path)
+@pytest.fixture
+def example() -> Iterator[ModuleType]:
+    torch.set_default_dtype(torch.float32)
+    threads = torch.get_num_threads()
+    specification = importlib.util.spec_from_file_location("language_model", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    sys.modules["language_model"] = module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_bfloat16(example, tmp_path):
+    example.main([*SMALL, "--bf16", "--optimizer", "kfac", "--until", "2", "--out", str(tmp_path)])
     saved = checkpoint(tmp_path, "kfac")
     assert dict(saved["kfac"]["layers"])["head"]["average"]["A"].dtype == torch.float32
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
 
 
-def test_there_is_nothing_to_resume(tmp_path):
-    process = subprocess.run(
-        command("--resume", out=tmp_path),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
-    assert process.returncode != 0
-    assert "--resume: there is no" in process.stderr
+def test_there_is_nothing_to_resume(example, tmp_path):
+    with pytest.raises(SystemExit, match="--resume: there is no"):
+        example.main([*SMALL, "--resume", "--out", str(tmp_path)])
 
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
@@ -134,19 +142,17 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
     assert checkpoint(tmp_path, "kfac")["step"] == step + 2
 
 
-def test_the_model_looks_back_only():
-    specification = importlib.util.spec_from_file_location("language_model", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    example = importlib.util.module_from_spec(specification)
-    sys.modules["language_model"] = example
-    specification.loader.exec_module(example)
+def test_the_model_looks_back_only_and_all_of_it_is_covered(example):
     model = example.CharacterModel(example.Size(context=8, width=16))
     text = torch.randint(example.CHARACTERS, (2, 8))
     changed = text.clone()
     changed[:, 5:] = 7
     assert torch.allclose(model(text)[:, :5], model(changed)[:, :5])
     assert not torch.allclose(model(text)[:, 5:], model(changed)[:, 5:])
+    assert kc.coverage(model, text).share == 1.0
+
+
+def test_batches_are_of_step_and_seed_alone(example):
     training, held_out = example.corpus()
     assert len(training) > 5 * len(held_out) > 0
     assert int(training.max()) < example.CHARACTERS
@@ -155,4 +161,3 @@ def test_the_model_looks_back_only():
     assert not torch.equal(starts, example.batch_of(4, training, example.Size(), seed=0))
     inputs, targets = example.windows(training, starts, example.Size())
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert kc.coverage(model, text).share == 1.0
