@@ -37,9 +37,9 @@ $(BIN)/python:
 	$(PIP) -e '.[demo]'
 	touch $@
 
-.venv/test: pyproject.toml constraints.txt tests/peers.txt tests/architectures.txt | .venv/demo
+.venv/test: pyproject.toml constraints.txt tests/peers.txt tests/architectures.txt tests/integrations.txt | .venv/demo
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps -r tests/peers.txt -r tests/architectures.txt
+	$(PIP) --no-deps -r tests/peers.txt -r tests/architectures.txt -r tests/integrations.txt
 	touch $@
 
 .venv/lint: pyproject.toml constraints.txt | .venv/test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .coverage import Coverage, coverage
 from .damping import Damping
 from .data import Data
@@ -125,7 +126,9 @@ __all__ = [
     "estimate",
     "gram",
     "implicit",
+    "load_checkpoint",
     "low_rank",
     "register_layer",
+    "save_checkpoint",
     "unregister_layer",
 ]

@@ -103,6 +103,15 @@ class Factors:
         fresh._unused = self._unused - changed
         return fresh
 
+    def with_those(self, names: Iterable[str], *, of: Factors) -> Factors:
+        """The same, but of these layers what ``of`` has."""
+        taken = set(names)
+        for name in taken:
+            self.average.load_layer(name, of.average.layer_state(name))
+            self.health.failures[name] = of.health.failures[name]
+        inverses = self.inverses | {name: inverse for name, inverse in of.inverses.items() if name in taken}
+        return Factors(self.layers, self.average, self.health, inverses)
+
     def summary(self) -> list[str]:
         """What there is, in words."""
         return [

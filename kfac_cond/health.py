@@ -97,8 +97,8 @@ class Health:
             "unread": dict(self._unread.read() or {}),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state`` gave.
+    def load_state(self, state: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Take over what ``state`` gave, of these layers.
 
         Raises:
             KeyError, TypeError, ValueError: it is not that.
@@ -106,7 +106,7 @@ class Health:
         self.skipped_captures = int(state["skipped_captures"])
         self.barren_intervals = int(state["barren_intervals"])
         self.started = bool(state["started"])
-        self.failures.update({name: int(state["failures"][name]) for name in self.failures})
+        self.failures.update({name: int(state["failures"][name]) for name in names})
         self._unread.captures = int(state["captures"])
         self._unread.counts = {str(key): torch.tensor(int(count)) for key, count in state["unread"].items()}
 

@@ -251,8 +251,7 @@ class KFAC:
             )
         if self.trust_region is not None and lr is None:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
-        rate = 1.0 if lr is None else lr
-        rates = {id(p): rate for layer in self.layers.values() for p in layer.parameters.values()}
+        rates = {id(p): 1.0 if lr is None else lr for layer in self.layers.values() for p in layer.parameters.values()}
         if not self.before_step(list(self.layers), rates, None):
             raise NotReadyError("precondition() found no gradient of a covered layer: call it after loss.backward()")
         self.advance(None)
@@ -284,10 +283,7 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
         return state.save(
-            self.layers,
-            average=self._factors.average,
-            inverses=self._factors.inverses,
-            health=self._factors.health,
+            self._factors,
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
@@ -295,20 +291,28 @@ class KFAC:
             functional=self._wrapped.functional,
         )
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, strict: bool = True) -> state.Unmatched:
         """Take over a state of the same model; tensors go where the model is.
 
+        Args:
+            saved: what ``state_dict`` gave.
+            strict: refuse a state of other layers, as ``nn.Module`` does; without it take over what fits.
+
+        Returns:
+            The layers that the state has not, which stay as they are, and those that the model has not.
+
         Raises:
-            StateError: another format, other layers or other shapes; nothing is changed then.
+            StateError: another format, other shapes, or other layers where ``strict``; nothing is changed then.
         """
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
-        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience)
+        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, strict=strict)
         self._watch(self._wrapped.look_again(functional))
-        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
+        self._factors = loaded.factors.with_those(loaded.unmatched.missing_keys, of=self._factors)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
+        return loaded.unmatched
 
     # -- when ---------------------------------------------------------------------------------------------------------
 

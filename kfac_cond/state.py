@@ -2,26 +2,30 @@
 
 Saved are the averages with their weights and the inverses in use themselves: they need not be rebuilt, so that a
 resume between two refreshes goes on with the very same numbers.
+
+What has other keys in a new KFAC than in one that has run is a tuple: ``torch.distributed.checkpoint`` takes mappings
+apart, and on the way back reads only the keys that the new object has. A tuple is one piece to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .draws import Draws
 from .errors import StateError
+from .factors import Factors
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 
 FORMAT = "kfac_cond.KFAC"
-VERSION = 3
+VERSION = 4
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
@@ -35,24 +39,33 @@ _AVERAGES: tuple[set[str], ...] = (set(), {"G_weight"}, {"A", "A_weight", "G", "
 _COUNTS = {"draws", "draws_squared"}
 
 
+class Unmatched(NamedTuple):
+    """The layers that a state and a model do not share, named as ``nn.Module.load_state_dict`` names keys.
+
+    Args:
+        missing_keys: layers of the model that the state has not; they stay as they are.
+        unexpected_keys: layers of the state that the model has not; they are left out.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A state that was checked, on the devices of the model."""
 
-    average: MovingAverage
-    inverses: dict[str, Block]
-    health: Health
+    unmatched: Unmatched
+
+    factors: Factors
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
     step: int
 
 
 def save(
-    layers: Mapping[str, Layer],
+    factors: Factors,
     *,
-    average: MovingAverage,
-    inverses: Mapping[str, Block],
-    health: Health,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
     slots: Slots,
@@ -65,20 +78,23 @@ def save(
         "version": VERSION,
         "step": step,
         "seed": draws.seed,
-        "draws": draws.state(),
+        "draws": tuple(draws.state().items()),
         "heads": list(slots.names),
         "functional": sorted(functional),
-        "health": health.state(),
-        "gathered": None if gathered is None else _gathered_state(*gathered),
-        "layers": {
-            name: {
-                "shape": list(layer.layout.matrix_shape),
-                "parameters": list(layer.layout.names),
-                "average": average.layer_state(name),
-                "inverse": _inverse_state(inverses.get(name)),
-            }
-            for name, layer in layers.items()
-        },
+        "health": tuple(factors.health.state().items()),
+        "gathered": () if gathered is None else (_gathered_state(*gathered),),
+        "layers": tuple(
+            (
+                name,
+                {
+                    "shape": list(layer.layout.matrix_shape),
+                    "parameters": list(layer.layout.names),
+                    "average": factors.average.layer_state(name),
+                    "inverse": _inverse_state(factors.inverses.get(name)),
+                },
+            )
+            for name, layer in factors.layers.items()
+        ),
     }
 
 
@@ -92,30 +108,34 @@ def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, saved["functional"]))
 
 
-def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int) -> Loaded:
+def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int, strict: bool) -> Loaded:
     """Check a state against the layers of a model and bring it to their devices; changes nothing.
 
     Raises:
-        StateError: a state of other layers, or with other shapes.
+        StateError: a state with other shapes, or with other layers where ``strict``.
     """
-    _check_names(saved["layers"], layers)
+    entries = _paired(saved, "layers")
+    unmatched = Unmatched(sorted(layers.keys() - entries.keys()), sorted(entries.keys() - layers.keys()))
+    if strict:
+        _require_matched(unmatched)
     _check_heads(saved, slots)
+    shared = {name: layer for name, layer in layers.items() if name in entries}
     average = MovingAverage(layers, slots.weights, draws_needed(layers))
     inverses: dict[str, Block] = {}
-    for name, layer in layers.items():
-        entry = _layer_entry(name, layer, saved["layers"][name])
+    for name, layer in shared.items():
+        entry = _layer_entry(name, layer, entries[name])
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
     health = Health(layers, patience=patience)
     try:
-        health.load_state(saved["health"])
+        health.load_state(_paired(saved, "health"), shared)
         step, draws = int(saved["step"]), Draws(int(saved["seed"]))
-        draws.load_state(saved["draws"])
-        gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"], slots)
+        draws.load_state(_paired(saved, "draws"))
+        gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(average, inverses, health, gathered, draws, step)
+    return Loaded(unmatched, Factors(layers, average, health, inverses), gathered, draws, step)
 
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
@@ -124,7 +144,11 @@ def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
 
 
 def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slots: Slots) -> tuple[Statistics, Flags]:
-    sums = {name: LayerSums(**_placed(name, layers[name], parts, slots)) for name, parts in entry["layers"].items()}
+    sums = {
+        name: LayerSums(**_placed(name, layers[name], parts, slots))
+        for name, parts in entry["layers"].items()
+        if name in layers
+    }
     device = next((one.A.device for one in sums.values()), torch.device("cpu"))
 
     def here(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,8 +181,6 @@ def _check_format(saved: object) -> None:
     missing = {"step", "seed", "draws", "heads", "functional", "health", "gathered", "layers"} - set(saved)
     if missing:
         raise StateError(f"a KFAC state without {sorted(missing)}: the file is incomplete")
-    if not isinstance(saved["layers"], Mapping):
-        raise StateError(f"a KFAC state whose layers are {type(saved['layers']).__name__}: the file is damaged")
 
 
 def _check_heads(saved: Mapping[str, Any], slots: Slots) -> None:
@@ -169,12 +191,24 @@ def _check_heads(saved: Mapping[str, Any], slots: Slots) -> None:
         )
 
 
-def _check_names(saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
-    missing, unexpected = sorted(layers.keys() - saved.keys()), sorted(map(str, saved.keys() - layers.keys()))
+def _paired(saved: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What is saved as pairs, (name, entry), by name."""
+    try:
+        return {str(name): entry for name, entry in saved[key]}
+    except (TypeError, ValueError) as error:
+        found = type(saved[key]).__name__
+        raise StateError(
+            f"a KFAC state whose {key} are {found}, expected pairs of a name and an entry: the file is damaged"
+        ) from error
+
+
+def _require_matched(unmatched: Unmatched) -> None:
+    missing, unexpected = unmatched
     if missing or unexpected:
         raise StateError(
             f"the state is of another model: layers missing in it {missing}, layers it has and the model has not "
-            f"{unexpected}. Wrap the model that was saved, with the same rules."
+            f"{unexpected}. Wrap the model that was saved, with the same rules; or take over what fits with "
+            f"load_state_dict(state, strict=False), which returns these names."
         )
 
 

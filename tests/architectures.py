@@ -22,7 +22,7 @@ CLASSES, WORDS, LENGTH = 5, 64, 7
 def library(name: str) -> Any:
     """transformers or torchvision; the test is skipped where it is not installed, and fails where it breaks."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # A wheel whose compiled part was built for another torch lacks these operators, and refuses to be imported.
     for operator in ("nms", "qnms"):

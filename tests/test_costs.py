@@ -23,13 +23,13 @@ UNDECAYED = kc.Schedule(factors=1, inverses=1, decay=1 - 1e-9)
 
 def held(kfac: kc.KFAC) -> tuple[int, int]:
     """Bytes of the averages and of the inverses of all layers."""
-    layers = kfac.state_dict()["layers"].values()
+    layers = dict(kfac.state_dict()["layers"]).values()
     return sum(size(one["average"]) for one in layers), sum(size(one["inverse"]) for one in layers)
 
 
 def inverses(kfac: kc.KFAC) -> dict[str, int]:
     """Bytes of the inverse of each layer."""
-    return {name: size(one["inverse"]) for name, one in kfac.state_dict()["layers"].items()}
+    return {name: size(one["inverse"]) for name, one in kfac.state_dict()["layers"]}
 
 
 def size(part: Any) -> int:
@@ -148,7 +148,7 @@ def test_the_rows_counted_are_those_captured(name):
     used, functional = uses_in_forward(model, kfac.layers, inputs)
     assert not functional
     kfac.update(model(inputs))
-    for layer, sums in kfac.state_dict()["gathered"]["layers"].items():
+    for layer, sums in kfac.state_dict()["gathered"][0]["layers"].items():
         found = kfac.layers[layer]
         if found.modules and found.gradient_sums is None:
             # What counts its groups apart has the rows of all of them.

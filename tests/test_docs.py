@@ -13,17 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from .architectures import library
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     if "```python" in page.read_text(encoding="utf8")
 )
+#: What a page is skipped without.
+NEEDS = {"docs/integrations.md": ("pytorch_lightning", "transformers", "accelerate")}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
+    for name in NEEDS.get(page, ()):
+        library(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     torch.set_default_dtype(torch.float32)

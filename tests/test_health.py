@@ -41,9 +41,9 @@ def test_a_batch_that_is_not_finite_is_kept_out():
     model, data = network(), batches(2)
     kfac, criterion, optimizer = wrapped(model)
     train(model, criterion, optimizer, data[:1])
-    before = copy.deepcopy(dict(kfac.state_dict()["layers"]["0"]["average"]))
+    before = copy.deepcopy(dict(kfac.state_dict()["layers"])["0"]["average"])
     forward_alone(kfac, criterion, optimizer, model, *poisoned(data[1]))
-    after = kfac.state_dict()["layers"]["0"]["average"]
+    after = dict(kfac.state_dict()["layers"])["0"]["average"]
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 

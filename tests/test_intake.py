@@ -210,7 +210,7 @@ def test_arguments_of_update_that_are_no_tensors_are_refused_and_nothing_is_chan
     with pytest.raises(kc.ArgumentError, match=match), contextlib.nullcontext() if due else kfac.paused():
         kfac.update(**{"outputs": outputs, **arguments})
     assert "heard at the calls of CrossEntropyLoss" in str(kfac)
-    assert kfac.state_dict()["layers"]["0"]["average"] == {}
+    assert dict(kfac.state_dict()["layers"])["0"]["average"] == {}
 
 
 @pytest.mark.parametrize("call", ["attach", "update", "refresh"])

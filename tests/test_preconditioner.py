@@ -122,9 +122,9 @@ def captured_steps(schedule: kc.Schedule, steps: int) -> list[int]:
     kfac.attach(optimizer)
     captured = []
     for step, batch in enumerate(batches(steps)):
-        before = kfac.state_dict()["layers"]["0"]["average"].get("A")
+        before = dict(kfac.state_dict()["layers"])["0"]["average"].get("A")
         train(model, criterion, optimizer, [batch])
-        after = kfac.state_dict()["layers"]["0"]["average"].get("A")
+        after = dict(kfac.state_dict()["layers"])["0"]["average"].get("A")
         if after is not before and (before is None or not torch.equal(before, after)):
             captured.append(step)
     return captured
@@ -262,7 +262,7 @@ def test_between_refreshes_the_inverses_follow_a_change_of_dtype():
     train(model, criterion, optimizer, [(inputs.float(), labels) for inputs, labels in batches(1)])
     model.double()
     train(model, criterion, optimizer, batches(1))
-    assert kfac.state_dict()["layers"]["0"]["inverse"]["A"].dtype == torch.float64
+    assert dict(kfac.state_dict()["layers"])["0"]["inverse"]["A"].dtype == torch.float64
 
 
 def test_a_missing_bias_gradient_counts_as_zero():

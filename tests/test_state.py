@@ -52,6 +52,9 @@ def everything(kfac: kc.KFAC) -> dict[str, Tensor]:
         if isinstance(value, dict):
             for key, child in value.items():
                 walk(f"{path}/{key}", child)
+        elif isinstance(value, tuple):
+            for index, child in enumerate(value):
+                walk(f"{path}/{index}", child)
         elif isinstance(value, Tensor):
             flat[path] = value.clone()
         elif isinstance(value, int | float):
@@ -102,7 +105,7 @@ def test_a_resume_under_the_other_rule_goes_on_and_changes_at_the_refresh(first,
     kfac.load_state_dict(state)
     train(model, criterion, optimizer, data[2:])
     expected = {"factored": "KroneckerBlock", "exact": "EigenBlock"}[then]
-    assert kfac.state_dict()["layers"]["0"]["inverse"]["structure"] == expected
+    assert dict(kfac.state_dict()["layers"])["0"]["inverse"]["structure"] == expected
 
 
 def trained(model: nn.Module | None = None) -> kc.KFAC:
@@ -130,7 +133,7 @@ def test_a_loaded_state_shares_no_memory():
     kfac, other = trained(), build(network())[0]
     state = kfac.state_dict()
     other.load_state_dict(state)
-    state["layers"]["0"]["average"]["A"].zero_()
+    dict(state["layers"])["0"]["average"]["A"].zero_()
     assert other.fisher()["0"].A.norm() > 0
 
 
@@ -161,6 +164,8 @@ def changed(*path: str, value: Any = None, drop: bool = False) -> Callable[[dict
     """A damage: replace or remove what is at ``path``."""
 
     def damage(state: dict[str, Any]) -> Any:
+        paired = [key for key in ("layers", "health") if path != (key,)]
+        state |= {key: dict(state[key]) for key in paired}
         at = state
         for key in path[:-1]:
             at = at[key]
@@ -168,7 +173,7 @@ def changed(*path: str, value: Any = None, drop: bool = False) -> Callable[[dict
             del at[path[-1]]
         else:
             at[path[-1]] = value
-        return state
+        return state | {key: tuple(state[key].items()) for key in paired}
 
     return damage
 
@@ -180,12 +185,13 @@ DAMAGES = {
     "a list": (lambda state: [1, 2], "not a KFAC state: found list"),
     "a model's": (lambda state: network().state_dict(), r"not a KFAC state: found \['0.weight'"),
     "mixed keys": (lambda state: {1: 2, "a": 3}, "not a KFAC state"),
-    "another version": (changed("version", value=99), "version 99; this library reads version 3"),
+    "another version": (changed("version", value=99), "version 99; this library reads version 4"),
     "no step": (changed("step", drop=True), r"without \['step'\]"),
     "no layers": (changed("layers", drop=True), r"without \['layers'\]"),
-    "layers a list": (changed("layers", value=[1]), "layers are list"),
+    "layers a list": (changed("layers", value=[1]), "layers are list, expected pairs"),
     "step a word": (changed("step", value="many"), "counts cannot be read"),
     "health a list": (changed("health", value=[]), "counts cannot be read"),
+    "gathered none": (changed("gathered", value=None), "counts cannot be read"),
     "no health counts": (changed("health", "skipped_captures", drop=True), "skipped_captures"),
     "a layer too few": (changed(*LAYER, drop=True), r"layers missing in it \['2'\]"),
     "a layer too many": (changed("layers", "9", value={}), r"the model has not \['9'\]"),

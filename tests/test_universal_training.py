@@ -284,7 +284,7 @@ def test_a_state_without_the_counts_is_refused():
     kfac = kc.KFAC(model, "categorical")
     step(kfac, model, batch())
     state = kfac.state_dict()
-    del state["layers"]["out"]["average"]["draws"]
+    del dict(state["layers"])["out"]["average"]["draws"]
     with pytest.raises(kc.StateError, match=r"layer 'out': .*expected .*draws"):
         kfac.load_state_dict(state)
 
