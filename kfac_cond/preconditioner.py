@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
-from .checks import checked_rules, settings_of
-from .costs import Plan
+from .checks import checked_rules, described, settings_of
+from .costs import Costing
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
-from .distributed import StaticGraph, of_any_rank, ranks, summed
+from .distributed import EVERY, Plan, PlanTable, Ranks, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
 from .factors import Factors
-from .gradients import gradients_of, layer_update, trust_region_scale, write
+from .gradients import gradient_matrix, gradients_of, rate_of, trust_region_scale, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
@@ -104,6 +104,8 @@ class KFAC:
         self._paused = False
         self._scale: Tensor | None = None
         self._static_graph = StaticGraph(model)
+        self._plan = Plan()
+        self._together: Ranks | None = None
         self._intake = Intake(
             model,
             likelihood,
@@ -112,6 +114,7 @@ class KFAC:
             due=self._due,
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
+            ranks=self._ranks,
         )
         self._intake.watch(self.layers)
         self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
@@ -139,11 +142,10 @@ class KFAC:
         After the first capture a layer that has had gradients and that no score has reached counts as not covered until
         one does; one that was not used at all is said to be so.
         """
-        plan = Plan(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
         missing = self._intake.missing
         unreached = [name for name in missing if name in self._apart]
         unused = [name for name in missing if name not in self._apart]
-        return coverage_of_wrapped(self._wrapped.now(), self.layers, plan, unreached=unreached, unused=unused)
+        return coverage_of_wrapped(self._wrapped.now(), self.layers, self._costing, unreached=unreached, unused=unused)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -156,7 +158,7 @@ class KFAC:
             "kfac/damping": self.damping.at(self._clock.at_most),
             "kfac/skipped_captures": self._factors.health.skipped_captures,
             "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
-            "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
+            "kfac/plain_layers": len(self.layers) - len(self._factors.inverted),
         }
         if self._scale is not None:
             metrics["kfac/trust_region_scale"] = self._scale
@@ -164,6 +166,8 @@ class KFAC:
 
     def fisher(self) -> Fisher:
         """The Fisher from the moving averages as they are now: a mapping from layer name to block.
+
+        Where layers are shared out among ranks, they are brought together on all of them, and all must call it.
 
         Raises:
             NotReadyError: nothing was captured yet.
@@ -175,7 +179,9 @@ class KFAC:
             "kind": "sampled",
             "structure": self._wrapped.structure,
         }
-        return Fisher(self._factors.blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
+        return Fisher(
+            self._factors.whole(self._ranks()).blocks(), meta={**meta, "step": self._clock.at_most, "average": True}
+        )
 
     def __repr__(self) -> str:
         table, step = self.coverage(), self._clock.at_most
@@ -273,7 +279,10 @@ class KFAC:
 
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
-        self._factors = self._factors.restricted(self.layers, without=changed)
+        ranks = self._ranks()
+        whole = self._factors.whole(ranks)
+        ranks.assign(self.layers, self._costing, every=self._every)
+        self._factors = whole.restricted(self.layers, without=changed).placed(ranks)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -282,17 +291,21 @@ class KFAC:
         self._attachments.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
+        """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name.
+
+        It does not depend on which rank owns what. Where layers are shared out among ranks, they are brought together
+        on all of them: all must call it, and each needs the memory of 'replicate' for it.
+        """
+        ranks = self._ranks()
         return state.save(
             self.layers,
-            average=self._factors.average,
-            inverses=self._factors.inverses,
-            health=self._factors.health,
+            factors=self._factors.whole(ranks),
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
             step=self.step,
             functional=self._wrapped.functional,
+            ranks=ranks,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -303,12 +316,60 @@ class KFAC:
         """
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
-        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience)
-        self._watch(self._wrapped.look_again(functional))
-        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
+        ranks = self._ranks()
+        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, ranks=ranks)
+        self._wrapped.look_again(functional)
+        ranks.assign(self.layers, self._costing, every=self._every)
+        self._intake.watch(self.layers)
+        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses).placed(ranks)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
+
+    # -- who ----------------------------------------------------------------------------------------------------------
+
+    def distribute(self, plan: Plan) -> None:
+        """Share the layers out among the ranks of a run by this plan; between two steps, and on all ranks.
+
+        Where nothing is said it is ``Plan()``: all processes, 'replicate'.
+
+        Raises:
+            ArgumentError: not a plan, or within a step.
+        """
+        if not isinstance(plan, Plan):
+            raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
+        if self._intake.pending:
+            raise ArgumentError("distribute() between a forward and its step: call it before the forward")
+        self._factors = self._factors.whole(self._ranks())
+        self._plan, self._together = plan, None
+        self._ranks()
+
+    def plan(self, world: int | None = None) -> PlanTable:
+        """Owners, memory, operations and messages of each layer and rank; ``print`` it.
+
+        Args:
+            world: number of ranks; None for those there are.
+        """
+        return self._plan.table(
+            self.layers, self._costing, world=self._plan.world if world is None else world, every=self._every
+        )
+
+    def _ranks(self) -> Ranks:
+        """The ranks there are, with the layers shared out among them; a process group may come after the wrapping."""
+        if self._together is None or self._together.size != self._plan.world:
+            self._together = self._plan.ranks()
+            self._together.assign(self.layers, self._costing, every=self._every)
+            self._factors = self._factors.placed(self._together)
+        return self._together
+
+    @property
+    def _costing(self) -> Costing:
+        return Costing(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
+
+    @property
+    def _every(self) -> int:
+        """Steps between two refreshes."""
+        return self.schedule.inverses if isinstance(self.schedule.inverses, int) else EVERY
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -316,7 +377,7 @@ class KFAC:
         """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
         if self._static_graph.holds(self._clock.at_most):
             return False
-        started = self._factors.health.started or not (self._factors.average.A or self._static_graph.held)
+        started = self._factors.health.started or not (self._factors.ready or self._static_graph.held)
         return not started or self._clock.factors_due()
 
     def _due(self) -> bool:
@@ -346,7 +407,7 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            updates = self._updates(gradients, rates)
+            updates = self._updates(names, gradients, rates)
             scale = None
             if updates and self.trust_region is not None:
                 scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
@@ -354,15 +415,23 @@ class KFAC:
         return True
 
     def _updates(
-        self, gradients: Mapping[str, dict[str, Tensor]], rates: Mapping[int, float | Tensor]
+        self,
+        names: Sequence[str],
+        gradients: Mapping[str, dict[str, Tensor]],
+        rates: Mapping[int, float | Tensor],
     ) -> dict[str, LayerUpdate]:
         """The preconditioned gradients of the layers that have an inverse; nothing is written."""
-        updates = {}
-        for name, found in gradients.items():
-            inverse = self._factors.inverse_of(name, next(iter(found.values())))
+        inverted = [name for name in names if name in self._factors.inverted]
+        matrices = {name: gradient_matrix(self.layers[name], gradients[name]) for name in inverted if name in gradients}
+        mine = {}
+        for name, matrix in matrices.items():
+            inverse = self._factors.inverse_of(name, matrix)
             if inverse is not None:
-                updates[name] = layer_update(self.layers[name], found, inverse, rates)
-        return updates
+                mine[name] = inverse.matvec(matrix)
+        found = self._ranks().exchanged(inverted, mine)
+        return {
+            name: LayerUpdate(one, found[name], rate_of(self.layers[name], rates)) for name, one in matrices.items()
+        }
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
@@ -376,21 +445,17 @@ class KFAC:
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
-        looked, captured = self._intake.looking, self._intake.take()
+        captured = self._intake.take()
         if captured is not None:
-            functional = self._intake.functional
-            if looked and ranks() > 1:
-                functional = of_any_rank(functional, self.layers)
-            for name in functional:
-                captured[0].layers.pop(name, None)
-            statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
-            self._factors.add(statistics, flags, decay=decay)
-            if functional:
-                self._watch(self._wrapped.without_a_form(functional))
+            for name in captured.functional:
+                captured.statistics.layers.pop(name, None)
+            self._factors.add(captured.statistics, captured.flags, decay=decay)
+            if captured.functional:
+                self._watch(self._wrapped.without_a_form(captured.functional))
             else:
                 self._intake.name_missing()
         elif self._factors_due():
             self._intake.refuse_silence(allowed=bool(self._factors.ready))
         if self._clock.inverses_due() or self._factors.waiting:
-            self._factors.refresh(self.damping, step=self._clock.at_most)
+            self._factors.refresh(self.damping, self._ranks(), step=self._clock.at_most)
         self._clock.taken_in = True

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .distributed import Ranks
 from .draws import Draws
 from .errors import StateError
 from .health import Flags, Health
@@ -35,6 +36,14 @@ _AVERAGES: tuple[set[str], ...] = (set(), {"G_weight"}, {"A", "A_weight", "G", "
 _COUNTS = {"draws", "draws_squared"}
 
 
+class Kept(Protocol):
+    """What there is of all layers."""
+
+    average: MovingAverage
+    inverses: dict[str, Block]
+    health: Health
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A state that was checked, on the devices of the model."""
@@ -50,16 +59,16 @@ class Loaded:
 def save(
     layers: Mapping[str, Layer],
     *,
-    average: MovingAverage,
-    inverses: Mapping[str, Block],
-    health: Health,
+    factors: Kept,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
     slots: Slots,
     step: int,
     functional: Iterable[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
+    average, inverses = factors.average, factors.inverses
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -68,14 +77,16 @@ def save(
         "draws": draws.state(),
         "heads": list(slots.names),
         "functional": sorted(functional),
-        "health": health.state(),
+        "health": factors.health.state(),
+        # Whose labels were drawn, and whose batch was gathered.
+        "rank": [ranks.rank, ranks.size],
         "gathered": None if gathered is None else _gathered_state(*gathered),
         "layers": {
             name: {
                 "shape": list(layer.layout.matrix_shape),
                 "parameters": list(layer.layout.names),
                 "average": average.layer_state(name),
-                "inverse": _inverse_state(inverses.get(name)),
+                "inverse": inverse_state(inverses.get(name)),
             }
             for name, layer in layers.items()
         },
@@ -92,7 +103,7 @@ def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, saved["functional"]))
 
 
-def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int) -> Loaded:
+def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int, ranks: Ranks) -> Loaded:
     """Check a state against the layers of a model and bring it to their devices; changes nothing.
 
     Raises:
@@ -106,16 +117,33 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
         entry = _layer_entry(name, layer, saved["layers"][name])
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
-            inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
+            inverses[name] = loaded_inverse(name, layer, entry["inverse"])
     health = Health(layers, patience=patience)
     try:
         health.load_state(saved["health"])
-        step, draws = int(saved["step"]), Draws(int(saved["seed"]))
-        draws.load_state(saved["draws"])
+        step, draws = int(saved["step"]), Draws(int(saved["seed"]), rank=ranks.rank)
+        if _is_own(saved, ranks):
+            draws.load_state(saved["draws"])
         gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"], slots)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
     return Loaded(average, inverses, health, gathered, draws, step)
+
+
+def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:
+    """Whether the state was saved by this very rank; what was gathered, and labels, are the rank's own.
+
+    Raises:
+        StateError: it was not, and holds a batch that was gathered for a step to come.
+    """
+    own = list(saved.get("rank", [0, 1])) == [ranks.rank, ranks.size]
+    if not own and saved["gathered"] is not None:
+        raise StateError(
+            f"the state was saved by rank {' of '.join(map(str, saved['rank']))} between a forward and its step, and "
+            f"holds what that rank alone had gathered; this is rank {ranks.rank} of {ranks.size}. Save after the "
+            f"optimizer's step, or let every rank load its own file at the same number of ranks."
+        )
+    return own
 
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
@@ -141,7 +169,8 @@ def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slot
     return statistics, Flags(int(entry["captures"]), here(entry["flags"]))
 
 
-def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
+def inverse_state(inverse: Block | None) -> dict[str, Any] | None:
+    """An inverse as plain tensors and strings."""
     if inverse is None:
         return None
     held = {key: tensor for key in _STORED[type(inverse)] if (tensor := getattr(inverse, key)) is not None}
@@ -207,7 +236,12 @@ def _whole_average(name: str, layer: Layer, entry: object) -> Mapping[str, Tenso
     return entry
 
 
-def _loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
+def loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
+    """The inverse of a layer from what ``inverse_state`` gave, where the layer is.
+
+    Raises:
+        StateError: it is not that.
+    """
     if isinstance(entry, Mapping):
         # The basis of a side that is a diagonal is the identity, which is not stored.
         none = {f"basis_{side}" for side in layer.diagonal_sides}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kfac_cond as kc
-from kfac_cond.distributed import summed
+from kfac_cond.distributed import Captured
 from kfac_cond.layers.layer import draws_needed
 from kfac_cond.layers.universal import MIN_DRAWS
 from kfac_cond.statistics import LayerSums, MovingAverage, Slots, Statistics
