@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .coverage import Coverage, coverage
 from .damping import Damping
 from .data import Data
+from .distributed import Plan, PlanTable
 from .errors import (
     ArgumentError,
     AttachError,
@@ -17,6 +18,7 @@ from .errors import (
     ModelChangedError,
     NotReadyError,
     NumericalError,
+    RankError,
     StateError,
 )
 from .estimate import estimate
@@ -110,8 +112,11 @@ __all__ = [
     "NumericalError",
     "Options",
     "Ordinal",
+    "Plan",
+    "PlanTable",
     "Poisson",
     "Product",
+    "RankError",
     "SamplingError",
     "Schedule",
     "StateError",

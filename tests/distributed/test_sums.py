@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kfac_cond as kc
 from kfac_cond.draws import Draws
 
-from .reference import assert_same
+from ..reference import assert_same
+from .spawn import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD = 2
-TIME_LIMIT = 100
 
 
 def network() -> nn.Sequential:
@@ -191,10 +187,7 @@ def branching_steps(functional: list[bool], rows: list[slice]) -> kc.KFAC:
     return kfac
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, likelihood in (("mean", kc.Categorical()), ("sum", kc.Categorical(reduction="sum"))):
         found[name] = factors(one_step(network(), likelihood, SHARDS[rank]))
@@ -211,23 +204,12 @@ def worker(rank: int, folder: str) -> None:
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
     found["uniform"] = torch.rand(4, generator=generator)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
-        deadline = time.monotonic() + TIME_LIMIT
-        # It returns after each process that ends.
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                pytest.fail(f"the ranks did not end within {TIME_LIMIT} s")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return run(work, WORLD)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
