@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kfac_cond as kc
 
 N = 14
-STEPS = 5
+STEPS = 4
 RATE = 0.05
 EVERY_STEP = kc.Schedule(factors=1, inverses=1, decay=0.6)
 
