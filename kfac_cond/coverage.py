@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -261,7 +261,7 @@ def coverage(
 
 
 def coverage_of_wrapped(
-    fresh: Survey, layers: Mapping[str, Layer], costing: Costing, *, unreached: Iterable[str], unused: Iterable[str]
+    fresh: Survey, layers: Mapping[str, Layer], costing: Costing, *, missing: Sequence[str], graded: Set[str]
 ) -> Coverage:
     """The table of a model as it is now against the ``layers`` that were wrapped.
 
@@ -269,8 +269,8 @@ def coverage_of_wrapped(
         fresh: the model as it is now.
         layers: the layers that have hooks, by name.
         costing: what costs depend on.
-        unreached: the layers that have had gradients, and no score has reached.
-        unused: the layers that have had neither.
+        missing: the layers that no score has reached.
+        graded: layers that had a gradient while they were missing; the other missing ones are unused.
     """
 
     def parameters(names: Iterable[str]) -> list[str]:
@@ -281,6 +281,7 @@ def coverage_of_wrapped(
         parameters(changed), "its layer changed since it was wrapped", "kfac.refresh()"
     )
     silent = ("no score has reached its layer", "see the warning of the first capture; exclude it if that is meant")
+    unreached, unused = ([name for name in missing if (name in graded) is had] for had in (True, False))
     return found.without(parameters(unreached), *silent).noted(parameters(unused), "not used in a captured forward yet")
 
 

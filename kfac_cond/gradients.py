@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import ArgumentError
 from .layers.layer import Layer
+from .sharing import Shared
 from .statistics import statistic_dtype
 from .trust_region import LayerUpdate, TrustRegion
 
@@ -46,6 +47,34 @@ def gradient_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
 def rate_of(layer: Layer, rates: Mapping[int, float | Tensor]) -> float | Tensor:
     """The learning rate of a layer, from those by the parameter's identity."""
     return _largest([rates[id(p)] for p in layer.parameters.values() if id(p) in rates])
+
+
+def updates_of(
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    gradients: Mapping[str, Mapping[str, Tensor]],
+    shared: Shared,
+    rates: Mapping[int, float | Tensor],
+) -> dict[str, LayerUpdate]:
+    """The preconditioned gradients of the layers that have an inverse, here or elsewhere; nothing is written.
+
+    Args:
+        layers: by name.
+        names: of those that are asked for; the same on all ranks.
+        gradients: by layer and parameter, as they are on all ranks.
+        shared: has the inverses, and the ranks that take part.
+        rates: learning rates by the parameter's identity.
+    """
+    ranks, factors = shared.ranks(), shared.factors
+    inverted = [name for name in names if name in factors.inverted]
+    matrices = {name: gradient_matrix(layers[name], gradients[name]) for name in inverted if name in gradients}
+    mine = {}
+    for name, matrix in matrices.items():
+        inverse = factors.inverse_of(name, matrix)
+        if inverse is not None:
+            mine[name] = inverse.matvec(matrix)
+    found = ranks.exchanged(inverted, mine)
+    return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates)) for name, one in matrices.items()}
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:

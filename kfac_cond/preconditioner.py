@@ -12,23 +12,22 @@ from torch.optim import Optimizer
 
 from . import state
 from .attachment import Attachments
-from .checks import checked_rules, described, settings_of
-from .costs import Costing
+from .checks import checked_rules, settings_of
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
-from .distributed import EVERY, Plan, PlanTable, Ranks, StaticGraph
+from .distributed import Plan, PlanTable, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
-from .factors import Factors
-from .gradients import gradient_matrix, gradients_of, rate_of, trust_region_scale, write
+from .gradients import gradients_of, trust_region_scale, updates_of, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
 from .layers.layer import Layer
 from .layers.summed import TRAINED
 from .schedules import Clock, Schedule
+from .sharing import Shared
 from .structures import Fisher
-from .trust_region import LayerUpdate, TrustRegion, as_trust_region
+from .trust_region import TrustRegion, as_trust_region
 from .wrapping import Wrapped, refuse_wrapped
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -104,8 +103,6 @@ class KFAC:
         self._paused = False
         self._scale: Tensor | None = None
         self._static_graph = StaticGraph(model)
-        self._plan = Plan()
-        self._together: Ranks | None = None
         self._intake = Intake(
             model,
             likelihood,
@@ -114,10 +111,10 @@ class KFAC:
             due=self._due,
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
-            ranks=self._ranks,
+            ranks=lambda: self._shared.ranks(),
         )
         self._intake.watch(self.layers)
-        self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
+        self._shared = Shared(self._wrapped, self._intake.slots, lambda: self.damping.rule, self.schedule)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -142,10 +139,12 @@ class KFAC:
         After the first capture a layer that has had gradients and that no score has reached counts as not covered until
         one does; one that was not used at all is said to be so.
         """
-        missing = self._intake.missing
-        unreached = [name for name in missing if name in self._apart]
-        unused = [name for name in missing if name not in self._apart]
-        return coverage_of_wrapped(self._wrapped.now(), self.layers, self._costing, unreached=unreached, unused=unused)
+        missing, costing = self._intake.missing, self._shared.costing
+        return coverage_of_wrapped(self._wrapped.now(), self.layers, costing, missing=missing, graded=self._apart)
+
+    def plan(self, world: int | None = None) -> PlanTable:
+        """Owners, memory, operations and messages, layer by layer, for ``world`` ranks or those there are; print it."""
+        return self._shared.table(world)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -156,9 +155,9 @@ class KFAC:
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
-            "kfac/skipped_captures": self._factors.health.skipped_captures,
-            "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
-            "kfac/plain_layers": len(self.layers) - len(self._factors.inverted),
+            "kfac/skipped_captures": self._shared.factors.health.skipped_captures,
+            "kfac/failed_layers": sum(count > 0 for count in self._shared.factors.health.failures.values()),
+            "kfac/plain_layers": len(self.layers) - len(self._shared.factors.inverted),
         }
         if self._scale is not None:
             metrics["kfac/trust_region_scale"] = self._scale
@@ -172,16 +171,14 @@ class KFAC:
         Raises:
             NotReadyError: nothing was captured yet.
         """
-        if not (self._factors.ready and self._factors.health.started):
+        if not (self._shared.factors.ready and self._shared.factors.health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
         meta = {
             "likelihood": repr(self._intake.listener.likelihood),
             "kind": "sampled",
             "structure": self._wrapped.structure,
         }
-        return Fisher(
-            self._factors.whole(self._ranks()).blocks(), meta={**meta, "step": self._clock.at_most, "average": True}
-        )
+        return Fisher(self._shared.whole().blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
         table, step = self.coverage(), self._clock.at_most
@@ -194,7 +191,7 @@ class KFAC:
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
             f"{self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
-            *self._factors.summary(),
+            *self._shared.factors.summary(),
         )
         return "\n  ".join(lines)
 
@@ -215,6 +212,16 @@ class KFAC:
         self._intake.require_on_model()
         self._attachments.add(*optimizers)
         self._intake.start()
+
+    def distribute(self, plan: Plan) -> None:
+        """Share the layers out among the ranks of a run (``Plan()`` unless said); between steps, and on all ranks.
+
+        Raises:
+            ArgumentError: not a plan, or within a step.
+        """
+        if self._intake.pending:
+            raise ArgumentError("distribute() between a forward and its step: call it before the forward")
+        self._shared.distribute(plan)
 
     def update(self, outputs: Outputs, *, targets: Outputs | None = None, draws: Draws | None = None) -> None:
         """Capture the factors of the forward that gave ``outputs``; call it before ``loss.backward()``.
@@ -250,7 +257,7 @@ class KFAC:
             raise AttachError("an attached optimizer's step preconditions already: leave out kfac.precondition()")
         if self._paused:
             return
-        if not (self._intake.pending or self._factors.ready):
+        if not (self._intake.pending or self._shared.factors.ready):
             raise NotReadyError(
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
@@ -279,10 +286,7 @@ class KFAC:
 
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
-        ranks = self._ranks()
-        whole = self._factors.whole(ranks)
-        ranks.assign(self.layers, self._costing, every=self._every)
-        self._factors = whole.restricted(self.layers, without=changed).placed(ranks)
+        self._shared.changed(changed)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -296,16 +300,15 @@ class KFAC:
         It does not depend on which rank owns what. Where layers are shared out among ranks, they are brought together
         on all of them: all must call it, and each needs the memory of 'replicate' for it.
         """
-        ranks = self._ranks()
         return state.save(
             self.layers,
-            factors=self._factors.whole(ranks),
+            factors=self._shared.whole(),
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
             step=self.step,
             functional=self._wrapped.functional,
-            ranks=ranks,
+            ranks=self._shared.ranks(),
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -316,60 +319,14 @@ class KFAC:
         """
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
-        ranks = self._ranks()
-        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, ranks=ranks)
+        slots, patience = self._intake.slots, self.schedule.patience
+        loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=self._shared.ranks())
         self._wrapped.look_again(functional)
-        ranks.assign(self.layers, self._costing, every=self._every)
         self._intake.watch(self.layers)
-        self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses).placed(ranks)
+        self._shared.load(loaded)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
-
-    # -- who ----------------------------------------------------------------------------------------------------------
-
-    def distribute(self, plan: Plan) -> None:
-        """Share the layers out among the ranks of a run by this plan; between two steps, and on all ranks.
-
-        Where nothing is said it is ``Plan()``: all processes, 'replicate'.
-
-        Raises:
-            ArgumentError: not a plan, or within a step.
-        """
-        if not isinstance(plan, Plan):
-            raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
-        if self._intake.pending:
-            raise ArgumentError("distribute() between a forward and its step: call it before the forward")
-        self._factors = self._factors.whole(self._ranks())
-        self._plan, self._together = plan, None
-        self._ranks()
-
-    def plan(self, world: int | None = None) -> PlanTable:
-        """Owners, memory, operations and messages of each layer and rank; ``print`` it.
-
-        Args:
-            world: number of ranks; None for those there are.
-        """
-        return self._plan.table(
-            self.layers, self._costing, world=self._plan.world if world is None else world, every=self._every
-        )
-
-    def _ranks(self) -> Ranks:
-        """The ranks there are, with the layers shared out among them; a process group may come after the wrapping."""
-        if self._together is None or self._together.size != self._plan.world:
-            self._together = self._plan.ranks()
-            self._together.assign(self.layers, self._costing, every=self._every)
-            self._factors = self._factors.placed(self._together)
-        return self._together
-
-    @property
-    def _costing(self) -> Costing:
-        return Costing(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
-
-    @property
-    def _every(self) -> int:
-        """Steps between two refreshes."""
-        return self.schedule.inverses if isinstance(self.schedule.inverses, int) else EVERY
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -377,7 +334,7 @@ class KFAC:
         """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
         if self._static_graph.holds(self._clock.at_most):
             return False
-        started = self._factors.health.started or not (self._factors.ready or self._static_graph.held)
+        started = self._shared.factors.health.started or not (self._shared.factors.ready or self._static_graph.held)
         return not started or self._clock.factors_due()
 
     def _due(self) -> bool:
@@ -407,31 +364,12 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            updates = self._updates(names, gradients, rates)
+            updates = updates_of(self.layers, names, gradients, self._shared, rates)
             scale = None
             if updates and self.trust_region is not None:
                 scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
             write(self.layers, gradients, updates, scale)
         return True
-
-    def _updates(
-        self,
-        names: Sequence[str],
-        gradients: Mapping[str, dict[str, Tensor]],
-        rates: Mapping[int, float | Tensor],
-    ) -> dict[str, LayerUpdate]:
-        """The preconditioned gradients of the layers that have an inverse; nothing is written."""
-        inverted = [name for name in names if name in self._factors.inverted]
-        matrices = {name: gradient_matrix(self.layers[name], gradients[name]) for name in inverted if name in gradients}
-        mine = {}
-        for name, matrix in matrices.items():
-            inverse = self._factors.inverse_of(name, matrix)
-            if inverse is not None:
-                mine[name] = inverse.matvec(matrix)
-        found = self._ranks().exchanged(inverted, mine)
-        return {
-            name: LayerUpdate(one, found[name], rate_of(self.layers[name], rates)) for name, one in matrices.items()
-        }
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
@@ -449,13 +387,13 @@ class KFAC:
         if captured is not None:
             for name in captured.functional:
                 captured.statistics.layers.pop(name, None)
-            self._factors.add(captured.statistics, captured.flags, decay=decay)
+            self._shared.factors.add(captured.statistics, captured.flags, decay=decay)
             if captured.functional:
                 self._watch(self._wrapped.without_a_form(captured.functional))
             else:
                 self._intake.name_missing()
         elif self._factors_due():
-            self._intake.refuse_silence(allowed=bool(self._factors.ready))
-        if self._clock.inverses_due() or self._factors.waiting:
-            self._factors.refresh(self.damping, self._ranks(), step=self._clock.at_most)
+            self._intake.refuse_silence(allowed=bool(self._shared.factors.ready))
+        if self._clock.inverses_due() or self._shared.factors.waiting:
+            self._shared.refresh(self.damping, step=self._clock.at_most)
         self._clock.taken_in = True

@@ -42,15 +42,15 @@ def exchanged(
         buffer = torch.zeros(sum(one.numel for one in several), dtype=dtype, device=device)
         for one, place in zip(several, offsets(several), strict=True):
             assert one.root is not None
-            parts = buffer[place].split([sizes[name] for name in one.names])
+            parts = torch.split(buffer[place], [sizes[name] for name in one.names])
             if one.root == ranks[group.rank]:
                 for name, part in zip(one.names, parts, strict=True):
                     if name in mine:
                         part.copy_(mine[name].reshape(-1))
             views += list(zip(one.names, parts, strict=True))
             started.append(group.broadcast(buffer[place], ranks.index(one.root), what))
-    for one in started:
-        one.wait()
+    for work in started:
+        work.wait()
     return dict(views)
 
 
@@ -86,7 +86,7 @@ def union(mine: Any, group: Group, device: torch.device, what: str) -> list[Any]
             else:
                 buffer = torch.empty(_numel(wanted, dtype), dtype=dtype, device=device)
             group.broadcast(buffer, rank, what).wait()
-            buffers[dtype] = iter(buffer.split([_size(one) for one in wanted if one.dtype == dtype]))
+            buffers[dtype] = iter(torch.split(buffer, [_size(one) for one in wanted if one.dtype == dtype]))
         found.append(_put_back(skeleton, partial(_next, buffers)))
     return found
 

@@ -85,7 +85,7 @@ def owners(layers: Mapping[str, Layer], grid: Grid, costing: Costing, *, every: 
     of_steps = {name: float(every * update_flops(layer, costing)) for name, layer in layers.items()}
     whole = {name: inverting[name] / grid.workers + of_steps[name] for name in layers}
     columns = longest_first(whole, grid.columns)
-    found = {}
+    found: dict[str, int] = {}
     for column in set(columns.values()):
         ranks = grid.ranks_of_column(column)
         inside = longest_first({name: inverting[name] for name in layers if columns[name] == column}, grid.workers)
@@ -209,7 +209,7 @@ class Layout:
 
     def refresh_messages(self, column: int) -> list[Message]:
         """Those of a refresh for the ranks of a column, where nothing fails."""
-        agreed = [Message("all_reduce", len(self.layers) * torch.int32.itemsize, self.grid.world)]
+        agreed = [Message("all_reduce", (len(self.layers) + 1) * torch.int32.itemsize, self.grid.world)]
         spread = _messages(self.inverses(self.layers, column), "broadcast", self.grid.workers)
         return agreed + spread if self.grid.world > 1 else []
 

@@ -73,8 +73,8 @@ def unfolded(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     *leading, d, _ = shape
     k = d // 2
     m = d - k
-    both, beside = flat.reshape(*leading, -1).split([m * (k + 1), k * m], dim=-1)
-    both, beside = both.unflatten(-1, (m, k + 1)), beside.unflatten(-1, (k, m))
+    both, beside = torch.split(flat.reshape(*leading, -1), [m * (k + 1), k * m], dim=-1)
+    both, beside = both.reshape(*leading, m, k + 1), beside.reshape(*leading, k, m)
     matrix = flat.new_empty(shape)
     lower, upper = both[..., :m].tril(), both[..., :k, 1:].triu()
     matrix[..., k:, k:] = lower + lower.tril(-1).mT
@@ -113,7 +113,7 @@ def packed_sums(layer: Layer, pieces: Sequence[Piece], sums: LayerSums) -> list[
     """The numbers of ``sum_pieces``."""
     of_A, *of_G = pieces
     slots = len(sums.G)
-    parts = sums.G.reshape(slots, -1).split([prod(piece.shape) // slots for piece in of_G], dim=-1)
+    parts = torch.split(sums.G.reshape(slots, -1), [prod(piece.shape) // slots for piece in of_G], dim=-1)
     found = [piece.packed(part.reshape(piece.shape)) for piece, part in zip(of_G, parts, strict=True)]
     return [of_A.packed(sums.A), *found]
 

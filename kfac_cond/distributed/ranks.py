@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..costs import Costing
 from ..damping import Rule
+from ..errors import RankError
 from ..layers.layer import Layer
 from ..linalg.ladder import Rung
 from ..structures import Block
@@ -107,23 +108,36 @@ class Ranks:
             RankError: a rank did not take part.
         """
         self.layout = replace(self.layout, costing=replace(self.layout.costing, rule=rule))
-        mine, climbed = make(set(self.owned()))
+        if self.size == 1:
+            mine, climbed = make(set(self.owned()))
+            return climbed, mine
+        try:
+            mine, climbed = make(set(self.owned()))
+        except Exception as error:
+            # Said before it is raised: the others would wait for what does not come.
+            self.agreed({}, raised=True)
+            raise _raised(self.rank, str(error)) from error
         rungs = self.agreed(climbed)
         return rungs, self.spread(mine, rungs, previous)
 
-    def agreed(self, mine: Mapping[str, Rung]) -> dict[str, Rung]:
+    def agreed(self, mine: Mapping[str, Rung], *, raised: bool = False) -> dict[str, Rung]:
         """How far the factorisations of all owners climbed, by layer; a layer that none tried is absent.
 
         Args:
             mine: of the layers of this rank that were tried.
+            raised: an error stopped this rank.
+
+        Raises:
+            RankError: an error stopped another rank.
         """
-        if self.size == 1:
-            return dict(mine)
         names = list(self.layout.layers)
-        codes = torch.tensor([mine[name] + 1 if name in mine else 0 for name in names], dtype=torch.int32)
-        codes = codes.to(self._device)
+        numbers = [*(mine[name] + 1 if name in mine else 0 for name in names), (self.rank + 1) * raised]
+        codes = torch.tensor(numbers, dtype=torch.int32).to(self._device)
         self.group.all_reduce(codes, "the agreement on what was inverted", largest=True).wait()
-        return {name: Rung(code - 1) for name, code in zip(names, codes.tolist(), strict=True) if code}
+        *found, stopped = codes.tolist()
+        if stopped and not raised:
+            raise _raised(stopped - 1, "see its log")
+        return {name: Rung(code - 1) for name, code in zip(names, found, strict=True) if code}
 
     def spread(
         self, mine: Mapping[str, Block], rungs: Mapping[str, Rung], previous: Mapping[str, Block]
@@ -155,7 +169,7 @@ class Ranks:
     def _block(self, name: str, flat: Tensor) -> Block:
         layer, rule = self.layout.layers[name], self.layout.costing.rule
         pieces = inverse_pieces(layer, rule)
-        parts = flat.split([piece.numel for piece in pieces.values()])
+        parts = torch.split(flat, [piece.numel for piece in pieces.values()])
         tensors = {key: piece.unpacked(part) for (key, piece), part in zip(pieces.items(), parts, strict=True)}
         return inverse_of(layer, rule, {key: one.to(layer.like.device) for key, one in tensors.items()})
 
@@ -205,3 +219,10 @@ class Ranks:
 def _flat(block: Block, pieces: Mapping[str, Piece]) -> Tensor:
     """The numbers of an inverse, as they are sent."""
     return torch.cat([piece.packed(getattr(block, key)) for key, piece in pieces.items()])
+
+
+def _raised(rank: int, what: str) -> RankError:
+    return RankError(
+        f"rank {rank} could not invert the layers that it owns ({what}): nothing is changed by this step. Look "
+        f"there, and start again from the last checkpoint."
+    )

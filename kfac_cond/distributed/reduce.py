@@ -145,14 +145,14 @@ class Reduction:
 
     def _by_layer(self, one: Stretch, view: Tensor) -> list[tuple[str, Tensor]]:
         sizes = [sum(p.numel for p in self._pieces(name)) for name in one.names]
-        return list(zip(one.names, view[: sum(sizes)].split(sizes), strict=True))
+        return list(zip(one.names, torch.split(view[: sum(sizes)], sizes), strict=True))
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         return sum_pieces(self._layout.layers[name], self._layout.costing.heads)
 
     def _unpacked(self, name: str, flat: Tensor, count: Tensor) -> LayerSums:
         layer, pieces = self._layout.layers[name], self._pieces(name)
-        parts = flat.split([piece.numel for piece in pieces])
+        parts = torch.split(flat, [piece.numel for piece in pieces])
         sums = unpacked_sums(layer, pieces, parts, count)
         device = layer.like.device
         return LayerSums(sums.A.to(device), count.to(device), sums.G.to(device))
