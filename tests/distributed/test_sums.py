@@ -112,14 +112,15 @@ def universal_step(*shards: slice) -> kc.KFAC:
     return kfac
 
 
-def gradients_under_ddp(rank: int, *, captured: bool) -> list[Tensor]:
-    """Of raw parameters, averaged over the ranks, with and without a capture before the backward."""
+def gradients_under_ddp(rank: int, strategy: str | None) -> list[Tensor]:
+    """Of raw parameters, averaged over the ranks, with a capture before the backward or, of None, without."""
     model = Raw()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     kfac = kc.KFAC(wrapped, "categorical", schedule=kc.Schedule(factors=1, inverses=1))
     x, y, drawn = (part[SHARDS[rank]] for part in batches())
+    kfac.distribute(kc.Plan(strategy=strategy or "replicate"))
     outputs = wrapped(x)
-    if captured:
+    if strategy is not None:
         kfac.update(outputs, draws=drawn)
     nn.functional.cross_entropy(outputs, y).backward()
     return [p.grad.clone() for p in model.parameters()]
@@ -200,7 +201,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
     found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
     found["universal"] = factors(universal_step(SHARDS[rank]))
     found["branching"] = dense(branching_steps([rank == 1], [SHARDS[rank]]))
-    found["ddp"] = {str(captured): gradients_under_ddp(rank, captured=captured) for captured in (True, False)}
+    found["ddp"] = {strategy: gradients_under_ddp(rank, strategy) for strategy in (None, "replicate", "shard")}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
     found["uniform"] = torch.rand(4, generator=generator)
@@ -264,8 +265,9 @@ def test_a_weight_that_one_rank_uses_without_a_call_is_universal_on_all(results,
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_what_ddp_reduces_is_the_same_with_a_capture(results, rank):
-    found, plain = (results[rank]["ddp"][key] for key in ("True", "False"))
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_what_ddp_reduces_is_the_same_with_a_capture(results, rank, strategy):
+    found, plain = (results[rank]["ddp"][key] for key in (strategy, None))
     assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
 
 

@@ -120,6 +120,22 @@ def failing_owner(strategy: Any, rank: int, world: int) -> dict[str, Any]:
     return {"parameters": parameters, "failed": failed, "error": error}
 
 
+def stopped_owner(strategy: Any, rank: int, world: int) -> str:
+    """The second rank meets an error while it inverts; what each ends with."""
+    run = Run(CASES["mixed"], distributed=True)
+    run.kfac.distribute(kc.Plan(strategy=strategy))
+    plain = factors.damped_inverses_of
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if rank == 1:
+            raise torch.linalg.LinAlgError("of its own")
+        return plain(*args, **kwargs)
+
+    with mock.patch.object(factors, "damped_inverses_of", stopping), pytest.raises(kc.RankError) as found:
+        train(run, range(1), rank, world)
+    return str(found.value)
+
+
 def poisoned(strategy: Any, rank: int) -> dict[str, Any]:
     """The second rank's inputs are not finite."""
     torch.manual_seed(3)
@@ -148,6 +164,7 @@ def work(rank: int, world: int, folder: str) -> dict[str, Any]:
         if world == 2:
             found[f"state {strategy}"] = saved_and_resumed(strategy, folder, rank, world)
             found[f"failing {strategy}"] = failing_owner(strategy, rank, world)
+            found[f"stopped {strategy}"] = stopped_owner(strategy, rank, world)
             found[f"poisoned {strategy}"] = poisoned(strategy, rank)
     if world == 4:
         for strategy, saved in (("shard", "replicate"), (0.5, "shard"), ("replicate", "shard")):
@@ -215,6 +232,11 @@ def test_the_previous_inverse_serves_alike_whoever_has_it():
     replicated, sharded = (results(2)[0][f"failing {strategy}"]["parameters"] for strategy in STRATEGIES[2])
     for name, parameter in replicated.items():
         assert_same(sharded[name], parameter)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[2])
+def test_an_error_of_an_owner_ends_all_at_once(strategy):
+    assert all("rank 1 could not invert" in result[f"stopped {strategy}"] for result in results(2))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[2])
