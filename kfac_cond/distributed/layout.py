@@ -168,8 +168,8 @@ class Layout:
 
     @property
     def counts(self) -> int:
-        """How many counts and flags there are of a capture: M of each head, four of all, three of each layer."""
-        return self.costing.heads + 4 + 3 * len(self.layers)
+        """How many counts and flags there are of a capture: M of each head, five of all, three of each layer."""
+        return self.costing.heads + 5 + 3 * len(self.layers)
 
     def sums(self) -> Stretches:
         """A capture: the sums of each layer to whoever keeps it, and the counts, last in the first buffer, to all."""

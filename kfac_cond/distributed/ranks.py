@@ -134,6 +134,9 @@ class Ranks:
         numbers = [*(mine[name] + 1 if name in mine else 0 for name in names), (self.rank + 1) * raised]
         codes = torch.tensor(numbers, dtype=torch.int32).to(self._device)
         self.group.all_reduce(codes, "the agreement on what was inverted", largest=True).wait()
+        if codes.is_meta:
+            # Where there is nothing to read, what is known here stands for all.
+            return dict(mine)
         *found, stopped = codes.tolist()
         if stopped and not raised:
             raise _raised(stopped - 1, "see its log")

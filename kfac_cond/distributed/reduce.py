@@ -78,9 +78,7 @@ class Reduction:
         Ms = [counts[f"M {head}"] for head in range(len(mine.slots))]
         divisor = torch.stack([M if adds else M / usable for adds, M in zip(mine.slots.adds, Ms, strict=True)])
         keys = ("captures", "usable", "labels", *(f"layer {name}" for name in layout.layers))
-        flags = Flags(
-            self._captured.flags.captures * self._group.size, {key: counts[f"flag {key}"].long() for key in keys}
-        )
+        flags = Flags(counts["number"].long(), {key: counts[f"flag {key}"].long() for key in keys})
         examples = mine.examples * self._group.size
         together = Statistics(layers, divisor, mine.slots, examples, counts["finite"] > 0)
         return Captured(together, flags, self._named(counts) if functional else set())
@@ -92,6 +90,7 @@ class Reduction:
         return [
             *(f"M {head}" for head in range(self._layout.costing.heads)),
             "finite",
+            "number",
             *(f"flag {key}" for key in ("captures", "usable", "labels")),
             *(f"{what} {name}" for what in ("A", "flag layer", "functional") for name in layers),
         ]
@@ -131,7 +130,7 @@ class Reduction:
         device = statistics.divisor.device
         wide = count_dtype(device)
         none = torch.zeros((), dtype=wide, device=device)
-        known: dict[str, Tensor] = {"finite": statistics.finite}
+        known: dict[str, Tensor] = {"finite": statistics.finite, "number": none + flags.captures}
         known |= {f"M {head}": M * statistics.finite for head, M in enumerate(statistics.divisor.unbind())}
         known |= {f"A {name}": sums.A_count * statistics.finite for name, sums in statistics.layers.items()}
         known |= {f"flag {key}": count for key, count in flags.counts.items()}
@@ -160,5 +159,6 @@ class Reduction:
     def _named(self, counts: Mapping[str, Tensor]) -> set[str]:
         """The layers that some rank uses functionally, read from the device in one transfer."""
         names = list(self._layout.layers)
-        flags = torch.stack([counts[f"functional {name}"] for name in names]).tolist()
+        seen = torch.stack([counts[f"functional {name}"] for name in names])
+        flags = [False] * len(names) if seen.is_meta else seen.tolist()
         return {name for name, flag in zip(names, flags, strict=True) if flag}

@@ -90,7 +90,8 @@ class Tokens(nn.Module):
 class Case:
     """A model and how it is trained.
 
-    ``micro`` is the number of micro-batches that each rank cuts its examples into.
+    ``micro`` is the number of micro-batches that each rank cuts its examples into; with ``waits`` all but the last are
+    not synchronised.
     """
 
     model: Callable[[], nn.Module]
@@ -98,6 +99,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
     micro: int = 1
+    waits: bool = True
 
 
 def heads() -> kc.Product:
@@ -120,6 +122,7 @@ CASES = {
     "functional": Case(Branching, ddp={"find_unused_parameters": True}),
     "static graph": Case(Mixed, ddp={"static_graph": True}, options={"schedule": EVERY_STEP}),
     "accumulated": Case(Mixed, micro=2),
+    "synchronised twice": Case(Mixed, micro=2, waits=False),
 }
 
 
@@ -161,8 +164,8 @@ class Run:
         x, y, drawn = data(number)
         self.optimizer.zero_grad()
         for index, rows in enumerate(micro):
-            waits = index < len(micro) - 1 and isinstance(self.called, DistributedDataParallel)
-            with self.called.no_sync() if waits else nullcontext():
+            ddp = self.called if isinstance(self.called, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp and self.case.waits and index < len(micro) - 1 else nullcontext():
                 outputs = self.called(x[rows])
                 tell(self.case, self.kfac, outputs, y[rows], drawn[rows], torch.arange(N)[rows])
                 # Gradients are averaged over ranks whatever their number of examples: hence times that of ranks.

@@ -104,7 +104,7 @@ def test_a_fraction_is_between():
 def test_messages_by_hand():
     """Two layers without biases, of 3 x 2 and 2 x 4, on two ranks: triangles of 6, 3, 3 and 10 numbers."""
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)).float()
-    counts = 3 * (1 + 4 + 3 * 2)
+    counts = 3 * (1 + 5 + 3 * 2)
     shard = kc.Plan(strategy="shard").of(model, world=2)
     assert shard.owners == {"0": 1, "1": 0}
     assert [(one.kind, one.nbytes) for one in shard.capture_messages] == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import kfac_cond as kc
 from kfac_cond import factors
@@ -156,6 +157,56 @@ def poisoned(strategy: Any, rank: int) -> dict[str, Any]:
     }
 
 
+def leaves(rank: int) -> dict[str, int]:
+    """How many messages have left when the scores of a forward have come back, before the main backward."""
+    run = Run(CASES["mixed"], distributed=True)
+    x, _, drawn = cases.data(0)
+    found = {}
+    for name, context in (("no_sync", run.called.no_sync), ("last", nullcontext)):
+        with context():
+            outputs = run.called(x)
+            with counted() as seen:
+                run.kfac.update(outputs, draws=drawn)
+            outputs.sum().backward()
+        found[name] = len(seen)
+    run.optimizer.step()
+    return found
+
+
+def ragged(strategy: Any, rows: list[slice]) -> dict[str, Tensor]:
+    """One step of micro-batches, which each rank has another number of, without DDP."""
+    torch.manual_seed(3)
+    model = cases.Mixed()
+    kfac = kc.KFAC(model, "categorical", schedule=kc.Schedule(factors=1, inverses=1))
+    kfac.distribute(kc.Plan(strategy=strategy))
+    return one_step(model, kfac, rows)
+
+
+def one_step(model: nn.Module, kfac: kc.KFAC, rows: list[slice]) -> dict[str, Tensor]:
+    """The preconditioned gradients of a step, the plain ones of which are all one."""
+    x, _, drawn = cases.data(0)
+    for part in rows:
+        kfac.update(model(x[part]), draws=drawn[part])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    kfac.precondition()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def on_a_mesh(strategy: Any) -> dict[str, Any]:
+    """Data differ along one dimension of a mesh, and are the same along the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    torch.manual_seed(3)
+    model = cases.Mixed()
+    kfac = kc.KFAC(model, "categorical", schedule=kc.Schedule(factors=1, inverses=1), data=kc.Data(seed=1))
+    kfac.distribute(kc.Plan(mesh=mesh["data"], strategy=strategy))
+    rank = mesh.get_local_rank("data")
+    found = one_step(model, kfac, [shards(2)[rank]])
+    x, _, _ = cases.data(0)
+    kfac.update(model(x))
+    return {"gradients": found, "drawn": next(iter(kfac._intake.draws._streams.values())).get_state(), "rank": rank}
+
+
 def work(rank: int, world: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for strategy in STRATEGIES[world]:
@@ -164,9 +215,14 @@ def work(rank: int, world: int, folder: str) -> dict[str, Any]:
         if world == 2:
             found[f"state {strategy}"] = saved_and_resumed(strategy, folder, rank, world)
             found[f"failing {strategy}"] = failing_owner(strategy, rank, world)
+            found[f"ragged {strategy}"] = ragged(strategy, pieces(shards(2)[rank], 1 + rank))
             found[f"stopped {strategy}"] = stopped_owner(strategy, rank, world)
             found[f"poisoned {strategy}"] = poisoned(strategy, rank)
+    if world == 2:
+        found["leaves"] = leaves(rank)
     if world == 4:
+        for strategy in ("replicate", "shard"):
+            found[f"mesh {strategy}"] = on_a_mesh(strategy)
         for strategy, saved in (("shard", "replicate"), (0.5, "shard"), ("replicate", "shard")):
             found[f"state {strategy} {saved}"] = resumed(strategy, saved, folder, rank, world)
     return found
@@ -232,6 +288,41 @@ def test_the_previous_inverse_serves_alike_whoever_has_it():
     replicated, sharded = (results(2)[0][f"failing {strategy}"]["parameters"] for strategy in STRATEGIES[2])
     for name, parameter in replicated.items():
         assert_same(sharded[name], parameter)
+
+
+def test_sums_leave_before_the_backward_of_the_last_micro_batch():
+    assert all(result["leaves"] == {"no_sync": 0, "last": 1} for result in results(2))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[2])
+def test_ranks_may_have_different_numbers_of_micro_batches(strategy):
+    expected = ragged("replicate", [slice(0, cases.N)])
+    for result in results(2):
+        for name, gradient in result[f"ragged {strategy}"].items():
+            assert_same(gradient, expected[name])
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_one_dimension_of_a_mesh_has_the_ranks(strategy):
+    expected = ragged("replicate", [slice(0, cases.N)])
+    for result in results(4):
+        for name, gradient in result[f"mesh {strategy}"]["gradients"].items():
+            assert_same(gradient, expected[name])
+
+
+def test_labels_differ_along_one_dimension_alone():
+    drawn = {(result["mesh shard"]["rank"], bytes(result["mesh shard"]["drawn"].tolist())) for result in results(4)}
+    assert len(drawn) == len({labels for _, labels in drawn}) == 2
+
+
+def test_what_another_rank_gathered_is_not_taken_for_ones_own():
+    run = Run(CASES["mixed"], distributed=False)
+    x, _, drawn = cases.data(0)
+    run.kfac.update(run.called(x), draws=drawn)
+    state = run.kfac.state_dict()
+    state["rank"] = [1, 2]
+    with pytest.raises(kc.StateError, match="rank 1 of 2"):
+        Run(CASES["mixed"], distributed=False).kfac.load_state_dict(state)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[2])
