@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankError
+from ..errors import ArgumentError, RankError
 
 
 def is_initialised() -> bool:
@@ -40,7 +40,7 @@ class Started:
 
 
 class Group:
-    """The ranks of one process group, counted from 0 within it.
+    """The ranks of one process group, this one among them, counted from 0 within it.
 
     Args:
         group: the process group; None for the default one, or for a process by itself where there is none.
@@ -51,6 +51,11 @@ class Group:
         there = is_initialised()
         self.rank = dist.get_rank(group) if there else 0
         self.size = dist.get_world_size(group) if there else 1
+        if self.rank < 0:
+            raise ArgumentError(
+                f"rank {dist.get_rank()} is not in the process group given to kc.Plan(mesh=...): each rank passes a "
+                f"group that it is part of, with the ranks that train the same model on other data"
+            )
 
     def all_reduce(self, buffer: Tensor, what: str, *, largest: bool = False) -> Started:
         """Add a buffer over the ranks, in place on all of them; or take the largest of each entry."""

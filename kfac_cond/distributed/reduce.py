@@ -131,8 +131,10 @@ class Reduction:
         wide = count_dtype(device)
         none = torch.zeros((), dtype=wide, device=device)
         known: dict[str, Tensor] = {"finite": statistics.finite, "number": none + flags.captures}
-        known |= {f"M {head}": M * statistics.finite for head, M in enumerate(statistics.divisor.unbind())}
-        known |= {f"A {name}": sums.A_count * statistics.finite for name, sums in statistics.layers.items()}
+        counts = {f"M {head}": M for head, M in enumerate(statistics.divisor.unbind())}
+        counts |= {f"A {name}": sums.A_count.to(device) for name, sums in statistics.layers.items()}
+        # Not times zero: what is not finite would make the counts of all ranks so.
+        known |= {key: torch.where(statistics.finite, count, 0) for key, count in counts.items()}
         known |= {f"flag {key}": count for key, count in flags.counts.items()}
         known |= {f"functional {name}": none + 1 for name in functional}
         return torch.stack([known.get(key, none).to(none) for key in self._keys])

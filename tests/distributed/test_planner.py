@@ -53,11 +53,11 @@ def test_equal_jobs_go_round_in_the_order_of_layers():
     assert list(longest_first(dict.fromkeys("zyx", 1.0), 3).values()) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("strategy", ["replicate", "shard", 0.5])
-def test_owners_do_not_depend_on_the_order_of_hashes(strategy):
+def test_owners_do_not_depend_on_the_order_of_hashes():
     code = (
         "import kfac_cond as kc; from tests.distributed.test_planner import deep\n"
-        f"print(kc.Plan(strategy={strategy!r}).of(deep(), world=4).owners)"
+        "for strategy in ('replicate', 'shard', 0.5):\n"
+        "    print(kc.Plan(strategy=strategy).of(deep(), world=4).owners)"
     )
     root = Path(__file__).parents[2]
     found = {
