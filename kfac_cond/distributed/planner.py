@@ -116,7 +116,8 @@ class Plan:
         Args:
             model: of any device, the meta device among them.
             world: number of ranks.
-            rules, structure: as for ``KFAC``.
+            rules: as for ``KFAC``.
+            structure: as for ``KFAC``.
             rule: of the damping.
             every: steps between two refreshes.
 

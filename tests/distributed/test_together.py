@@ -81,12 +81,13 @@ def saved_and_resumed(strategy: Any, folder: str, rank: int, world: int) -> dict
     run = Run(CASES["mixed"], distributed=True)
     run.kfac.distribute(kc.Plan(strategy=strategy))
     train(run, range(SAVED), rank, world)
-    state = {"kfac": run.kfac.state_dict(), "model": run.model.state_dict()}
+    with counted() as seen:
+        state = {"kfac": run.kfac.state_dict(), "model": run.model.state_dict()}
     if rank == 0:
         torch.save(state, Path(folder) / f"{strategy}.pt")
     dist.barrier()
     ended = train(run, range(SAVED, LAST), rank, world)
-    return {"ended": ended, "resumed": resumed(strategy, strategy, folder, rank, world)}
+    return {"ended": ended, "resumed": resumed(strategy, strategy, folder, rank, world), "sent": len(seen)}
 
 
 def resumed(strategy: Any, saved: Any, folder: str, rank: int, world: int) -> dict[str, Tensor]:
@@ -251,8 +252,13 @@ def test_the_bytes_sent_are_those_planned(world, strategy, case, when):
 @pytest.mark.parametrize("strategy", STRATEGIES[2])
 def test_a_resumed_run_is_the_same_to_the_last_bit(strategy):
     for result in results(2):
-        ended, resumed = result[f"state {strategy}"].values()
+        ended, resumed, _ = result[f"state {strategy}"].values()
         assert all(torch.equal(ended[name], resumed[name]) for name in ended)
+
+
+def test_a_replicated_state_is_saved_without_the_others():
+    sent = {strategy: results(2)[0][f"state {strategy}"]["sent"] for strategy in STRATEGIES[2]}
+    assert sent == {"replicate": 0, "shard": 2}  # a buffer from each rank
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[2])
