@@ -8,6 +8,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .coverage import Coverage, coverage
 from .damping import Damping
 from .data import Data
+from .distributed import Plan, PlanTable
 from .errors import (
     ArgumentError,
     AttachError,
@@ -18,6 +19,7 @@ from .errors import (
     ModelChangedError,
     NotReadyError,
     NumericalError,
+    RankError,
     StateError,
 )
 from .estimate import estimate
@@ -111,8 +113,11 @@ __all__ = [
     "NumericalError",
     "Options",
     "Ordinal",
+    "Plan",
+    "PlanTable",
     "Poisson",
     "Product",
+    "RankError",
     "SamplingError",
     "Schedule",
     "StateError",

@@ -16,7 +16,7 @@ eigendecomposition with its vectors about 9 (Golub & Van Loan, Matrix Computatio
 
 
 @dataclass(frozen=True)
-class Plan:
+class Costing:
     """What costs depend on beside a layer's shapes.
 
     Args:
@@ -30,20 +30,20 @@ class Plan:
     structure: str = "kfac"
 
 
-def factor_bytes(layer: Layer, plan: Plan) -> int:
+def factor_bytes(layer: Layer, costing: Costing) -> int:
     """Bytes of the moving averages of what is summed for A and for G, with the weights that divide them."""
     of_A, of_G = layer.sum_shapes
-    numbers = prod(of_A) + plan.heads * prod(of_G)
+    numbers = prod(of_A) + costing.heads * prod(of_G)
     # Of layers that wait for several draws of labels these are counted, and their squares.
-    counts = 1 + plan.heads + 2 * (layer.kind.draws_needed > 1)
+    counts = 1 + costing.heads + 2 * (layer.kind.draws_needed > 1)
     return numbers * statistic_dtype(layer.like.dtype).itemsize + counts * count_dtype(layer.like.device).itemsize
 
 
-def inverse_bytes(layer: Layer, plan: Plan) -> int:
+def inverse_bytes(layer: Layer, costing: Costing) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
     if isinstance(layer.gradient_sums, GradientSquares):
         numbers = prod(layer.layout.matrix_shape)
-    elif plan.rule == "exact":
+    elif costing.rule == "exact":
         # The basis of a diagonal side is the identity, which is not held.
         kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
         numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
@@ -52,13 +52,23 @@ def inverse_bytes(layer: Layer, plan: Plan) -> int:
     return numbers * statistic_dtype(layer.like.dtype).itemsize
 
 
-def refresh_flops(layer: Layer, plan: Plan) -> int:
+def refresh_flops(layer: Layer, costing: Costing) -> int:
     """Floating-point operations of inverting both sides, or the diagonal."""
     if isinstance(layer.gradient_sums, GradientSquares):
         return prod(layer.layout.matrix_shape)
     return sum(
-        prod(shape) * (_CUBIC[plan.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
+        prod(shape) * (_CUBIC[costing.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
     )
+
+
+def update_flops(layer: Layer, costing: Costing) -> int:
+    """Floating-point operations of preconditioning one gradient of the layer."""
+    numbers = prod(layer.layout.matrix_shape)
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return numbers
+    # A product with each side; with the exact rule into both bases and out of them again.
+    each = sum(2 * numbers * shape[-1] if _is_whole(layer, shape) else numbers for shape in _sides(layer))
+    return 2 * each + numbers if costing.rule == "exact" else each
 
 
 def capture_flops(layer: Layer, rows: int, examples: int) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from .checks import check_module
-from .costs import Plan, capture_flops, factor_bytes, inverse_bytes, refresh_flops
+from .costs import Costing, capture_flops, factor_bytes, inverse_bytes, refresh_flops
 from .errors import CoverageError
 from .layers.layer import Layer
 from .layers.survey import Row, Survey, survey
@@ -259,45 +259,48 @@ def coverage(
     if batch is not None:
         used, functional = uses_in_forward(model, found.layers, batch)
         found = survey(model, rules, training="kfac", functional=functional)
-    costed = _costed(found.rows, found.layers, Plan(), used)
+    costed = _costed(found.rows, found.layers, Costing(), used)
     return costed.require_own_forms() if strict else costed
 
 
 def coverage_of_wrapped(
-    fresh: Survey, layers: Mapping[str, Layer], plan: Plan, *, unreached: Iterable[str], unused: Iterable[str]
+    fresh: Survey, layers: Mapping[str, Layer], costing: Costing, *, missing: Sequence[str], graded: Set[str]
 ) -> Coverage:
     """The table of a model as it is now against the ``layers`` that were wrapped.
 
     Args:
         fresh: the model as it is now.
         layers: the layers that have hooks, by name.
-        plan: what costs depend on.
-        unreached: the layers that have had gradients, and no score has reached.
-        unused: the layers that have had neither.
+        costing: what costs depend on.
+        missing: the layers that no score has reached.
+        graded: layers that had a gradient while they were missing; the other missing ones are unused.
     """
 
     def parameters(names: Iterable[str]) -> list[str]:
         return [path for name in names if name in fresh.layers for path in fresh.layers[name].layout.names]
 
     changed = [name for name, layer in fresh.layers.items() if layers.get(name) != layer]
-    found = _costed(fresh.rows, fresh.layers, plan, None).without(
+    found = _costed(fresh.rows, fresh.layers, costing, None).without(
         parameters(changed), "its layer changed since it was wrapped", "kfac.refresh()"
     )
     silent = ("no score has reached its layer", "see the warning of the first capture; exclude it if that is meant")
+    unreached, unused = ([name for name in missing if (name in graded) is had] for had in (True, False))
     return found.without(parameters(unreached), *silent).noted(parameters(unused), "not used in a captured forward yet")
 
 
-def _costed(rows: Iterable[Row], layers: Mapping[str, Layer], plan: Plan, used: Mapping[str, Used] | None) -> Coverage:
+def _costed(
+    rows: Iterable[Row], layers: Mapping[str, Layer], costing: Costing, used: Mapping[str, Used] | None
+) -> Coverage:
     """Rows with the costs of their layers; ``used`` is what one forward used, or None where none was run."""
     layer_of = {path: layer for layer in layers.values() for path in layer.layout.names}
-    return Coverage(tuple(_costed_row(row, layer_of.get(row.path), plan, used) for row in rows))
+    return Coverage(tuple(_costed_row(row, layer_of.get(row.path), costing, used) for row in rows))
 
 
-def _costed_row(row: Row, layer: Layer | None, plan: Plan, used: Mapping[str, Used] | None) -> CoverageRow:
+def _costed_row(row: Row, layer: Layer | None, costing: Costing, used: Mapping[str, Used] | None) -> CoverageRow:
     plain = CoverageRow(**{field.name: getattr(row, field.name) for field in fields(row)})
     if layer is None:
         return plain
-    named = replace(plain, layer=layer.name, structure=layer.rule.structure or plan.structure)
+    named = replace(plain, layer=layer.name, structure=layer.rule.structure or costing.structure)
     if row.path != layer.layout.names[0]:
         return named
     return _with_uses(
@@ -306,9 +309,9 @@ def _costed_row(row: Row, layer: Layer | None, plan: Plan, used: Mapping[str, Us
             d_in=layer.layout.d_in,
             d_out=layer.layout.d_out,
             groups=layer.layout.groups,
-            factor_bytes=factor_bytes(layer, plan),
-            inverse_bytes=inverse_bytes(layer, plan),
-            refresh_flops=refresh_flops(layer, plan),
+            factor_bytes=factor_bytes(layer, costing),
+            inverse_bytes=inverse_bytes(layer, costing),
+            refresh_flops=refresh_flops(layer, costing),
         ),
         layer,
         used,

@@ -18,10 +18,12 @@ class Draws:
 
     Args:
         seed: None takes ``torch.initial_seed()``.
+        rank: this process among those with different data; None asks ``torch.distributed`` where it draws.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, *, rank: int | None = None) -> None:
         self.seed = torch.initial_seed() if seed is None else int(seed)
+        self.rank = rank
         self._step = -1
         self._streams: dict[tuple[int, int, torch.device], torch.Generator] = {}
 
@@ -59,7 +61,9 @@ class Draws:
     def _stream(self, head: int, draw: int, device: torch.device) -> torch.Generator:
         stream = self._streams.get((head, draw, device))
         if stream is None:
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            rank = self.rank
+            if rank is None:
+                rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             key = [self.seed % 2**64, self._step, draw, rank, *([head] if head else [])]
             words = np.random.SeedSequence(key).generate_state(1, np.uint64)
             # Half of the range: a seed is a signed number to some devices.

@@ -45,3 +45,7 @@ class NumericalError(KFACError, ArithmeticError):
 
 class StateError(KFACError, ValueError):
     """A saved state that does not belong to this model, or is not one of ours."""
+
+
+class RankError(KFACError, RuntimeError):
+    """The ranks of a run could not go on together."""

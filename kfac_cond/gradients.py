@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .errors import ArgumentError
 from .layers.layer import Layer
-from .structures import Block
+from .sharing import Shared
+from .statistics import statistic_dtype
 from .trust_region import LayerUpdate, TrustRegion
 
 
@@ -31,22 +32,49 @@ def gradients_of(layer: Layer) -> dict[str, Tensor]:
     return found
 
 
-def layer_update(
-    layer: Layer, gradients: Mapping[str, Tensor], inverse: Block, rates: Mapping[int, float | Tensor]
-) -> LayerUpdate:
-    """One layer's preconditioned gradient; a parameter without a gradient counts as zero.
+def gradient_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
+    """One layer's gradient as its matrix, in the dtype of its statistics; a parameter without one counts as zero.
 
     Args:
         layer: the layer.
         gradients: its gradients by parameter name, at least one.
-        inverse: the damped inverse of its block.
+    """
+    dtype = statistic_dtype(next(iter(gradients.values())).dtype)
+    whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in layer.parameters.items()}
+    return layer.layout.to_matrix({name: gradient.to(dtype) for name, gradient in whole.items()})
+
+
+def rate_of(layer: Layer, rates: Mapping[int, float | Tensor]) -> float | Tensor:
+    """The learning rate of a layer, from those by the parameter's identity."""
+    return _largest([rates[id(p)] for p in layer.parameters.values() if id(p) in rates])
+
+
+def updates_of(
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    gradients: Mapping[str, Mapping[str, Tensor]],
+    shared: Shared,
+    rates: Mapping[int, float | Tensor],
+) -> dict[str, LayerUpdate]:
+    """The preconditioned gradients of the layers that have an inverse, here or elsewhere; nothing is written.
+
+    Args:
+        layers: by name.
+        names: of those that are asked for; the same on all ranks.
+        gradients: by layer and parameter, as they are on all ranks.
+        shared: has the inverses, and the ranks that take part.
         rates: learning rates by the parameter's identity.
     """
-    parameters = layer.parameters
-    whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()}
-    matrix = layer.layout.to_matrix({name: gradient.to(inverse.dtype) for name, gradient in whole.items()})
-    own = [rates[id(p)] for p in parameters.values() if id(p) in rates]
-    return LayerUpdate(matrix, inverse.matvec(matrix), _largest(own))
+    ranks, factors = shared.ranks(), shared.factors
+    inverted = [name for name in names if name in factors.inverted]
+    matrices = {name: gradient_matrix(layers[name], gradients[name]) for name in inverted if name in gradients}
+    mine = {}
+    for name, matrix in matrices.items():
+        inverse = factors.inverse_of(name, matrix)
+        if inverse is not None:
+            mine[name] = inverse.matvec(matrix)
+    found = ranks.exchanged(inverted, mine)
+    return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates)) for name, one in matrices.items()}
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:

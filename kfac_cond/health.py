@@ -21,9 +21,14 @@ _REMEDY = "look for NaN or infinite inputs, too high a learning rate, or fp16 ov
 
 
 class Flags:
-    """What captures said of themselves, counted on the device."""
+    """What captures said of themselves, counted on the device.
 
-    def __init__(self, captures: int = 0, counts: Mapping[str, Tensor] | None = None) -> None:
+    Args:
+        captures: how many; a tensor where ranks have had different numbers of them.
+        counts: of each flag.
+    """
+
+    def __init__(self, captures: int | Tensor = 0, counts: Mapping[str, Tensor] | None = None) -> None:
         self.captures = captures
         self.counts: dict[str, Tensor] = dict(counts or {})
 
@@ -38,7 +43,7 @@ class Flags:
 
     def add(self, other: Flags) -> None:
         """Add the flags of other captures."""
-        self.captures += other.captures
+        self.captures = self.captures + other.captures
         for key, count in other.counts.items():
             self._count(key, count)
 
@@ -47,14 +52,18 @@ class Flags:
         self.counts[key] = flag.long() if before is None else before.to(flag.device) + flag
 
     def read(self) -> Counter[str] | None:
-        """The counts on the host, in one transfer; None on the meta device, where there is nothing to read."""
-        if any(count.is_meta for count in self.counts.values()):
+        """The counts on the host, with ``number`` of captures; None on the meta device, where nothing can be read."""
+        counts = dict(self.counts)
+        if isinstance(self.captures, Tensor):
+            counts["number"] = self.captures
+        if any(count.is_meta for count in counts.values()):
             return None
-        if not self.counts:
-            return Counter()
-        device = next(iter(self.counts.values())).device
-        numbers = torch.stack([count.to(device) for count in self.counts.values()]).tolist()
-        return Counter(dict(zip(self.counts, numbers, strict=True)))
+        read = Counter({} if isinstance(self.captures, Tensor) else {"number": self.captures})
+        if counts:
+            device = next(iter(counts.values())).device
+            numbers = torch.stack([count.to(device) for count in counts.values()]).tolist()
+            read.update(dict(zip(counts, numbers, strict=True)))
+        return read
 
 
 class Health:
@@ -88,13 +97,14 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, what was noted and not read yet among them; waits for the device."""
+        unread = dict(self._unread.read() or {})
         return {
             "skipped_captures": self.skipped_captures,
             "barren_intervals": self.barren_intervals,
             "started": self.started,
             "failures": dict(self.failures),
-            "captures": self._unread.captures,
-            "unread": dict(self._unread.read() or {}),
+            "captures": unread.pop("number", 0),
+            "unread": unread,
         }
 
     def load_state(self, state: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -124,10 +134,11 @@ class Health:
             NumericalError: nothing usable to start from, or none for ``patience`` intervals.
         """
         unread, self._unread = self._unread, Flags()
-        captures, counts = unread.captures, unread.read()
+        counts = unread.read()
         if counts is None:
             self.started = True
             return True
+        captures = counts["number"]
         if not captures:
             return self.started
         bad = counts["captures"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from .capture import Capture
 from .checks import check_update
 from .data import Data
+from .distributed import Captured, Ranks, synchronises
+from .distributed.ranks import Alone
+from .distributed.reduce import Reduction
 from .draws import Draws
 from .errors import AttachError, CaptureError, LikelihoodError
 from .gathering import gathered
@@ -47,6 +52,7 @@ class Intake:
         due: whether outputs heard of at this moment are captured.
         forward_due: the same, asked at a forward.
         step: the count of steps, for the draws.
+        ranks: those that take part in the run.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Intake:
         due: Callable[[], bool],
         forward_due: Callable[[], bool],
         step: Callable[[], int],
+        ranks: Callable[[], Ranks],
     ) -> None:
         self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
@@ -72,6 +79,7 @@ class Intake:
         self._due = due
         self._forward_due = forward_due
         self._step = step
+        self._ranks = ranks
         self._capture: Capture | None = None
         self._heard_alone = False
         self._named_missing = False
@@ -82,6 +90,8 @@ class Intake:
         self.functional: set[str] = set()
         self._pending: Statistics | None = None
         self._flags = Flags()
+        #: What is on its way to the ranks that keep it.
+        self._sent: list[tuple[Captured, Reduction | Alone]] = []
 
     @property
     def capture(self) -> Capture:
@@ -100,7 +110,7 @@ class Intake:
     @property
     def pending(self) -> bool:
         """Whether something was gathered that no step has taken."""
-        return self._pending is not None
+        return self._pending is not None or bool(self._sent)
 
     def watch(self, layers: Mapping[str, Layer]) -> None:
         """Put hooks on these layers in place of those there were; what was gathered is let go."""
@@ -144,12 +154,15 @@ class Intake:
 
     @property
     def gathered(self) -> tuple[Statistics, Flags] | None:
-        """What was gathered since the last step that took something in, with its flags; or None."""
-        return None if self._pending is None else (self._pending, self._flags)
+        """What this rank gathered since the last step that took something in, with its flags; or None."""
+        parts = [(one.statistics, one.flags) for one, _ in self._sent]
+        parts += [(self._pending, self._flags)] if self._pending is not None else []
+        return _merged(parts) if parts else None
 
     def restart(self, draws: Draws, gathered: tuple[Statistics, Flags] | None) -> None:
         """Go on from a saved state: its draws, and what had been gathered when it was saved."""
         self.draws = draws
+        self._drop()
         self._pending, self._flags = gathered or (None, Flags())
         self._heard_alone = False
         self.capture.forget()
@@ -161,12 +174,27 @@ class Intake:
         if not (self.explicit and allowed and not forwards):
             raise self.listener.nothing_heard(forwards=forwards, explicit=self.explicit)
 
-    def take(self) -> tuple[Statistics, Flags] | None:
-        """The same as ``gathered``, which is then empty."""
-        taken = self.gathered
-        self._taken += taken is not None
+    def take(self) -> Captured | None:
+        """What all ranks gathered, with the sums of the layers kept here, and nothing of it is left; or None.
+
+        Raises:
+            RankError: a rank did not take part.
+        """
+        self._send_off()
+        parts = [sent.wait(functional=self.looking) for _, sent in self._sent]
+        self._taken += bool(parts)
         self._drop()
-        return taken
+        if not parts:
+            return None
+        statistics, flags = _merged([(one.statistics, one.flags) for one in parts])
+        return Captured(statistics, flags, set().union(*(one.functional for one in parts)))
+
+    def _send_off(self) -> None:
+        """Begin to bring what was gathered together with what the other ranks did."""
+        if self._pending is not None:
+            captured = Captured(self._pending, self._flags, self.functional & self.capture.layers.keys())
+            self._sent.append((captured, self._ranks().reduced(captured)))
+            self._pending, self._flags = None, Flags()
 
     @property
     def looking(self) -> bool:
@@ -224,7 +252,7 @@ class Intake:
             )
 
     def _drop(self) -> None:
-        self._pending, self._flags = None, Flags()
+        self._pending, self._flags, self._sent = None, Flags(), []
 
     def update(self, outputs: Any, *, targets: Any, draws: Any) -> None:
         """Gather from one forward's outputs; see ``KFAC.update``."""
@@ -247,7 +275,7 @@ class Intake:
         if not self.explicit:
             # Labels drawn for what was heard on its own are let go with it, and the stream of this step starts anew: a
             # resumed run, which hears its first forward as well, then draws what the uninterrupted one does.
-            self.draws = Draws(self.draws.seed)
+            self.draws = Draws(self.draws.seed, rank=self._ranks().rank)
         if not (self._replace_heard(heads, drawn) or self._send(heads, drawn)):
             shapes = ", ".join(str(tuple(head.outputs.shape)) for head in heads)
             raise CaptureError(
@@ -291,6 +319,7 @@ class Intake:
         replaceable: bool = False,
     ) -> bool:
         """Send the heads' scores back and keep the statistics; False where no forward of ours was reached."""
+        self.draws.rank = self._ranks().rank
         before = self.draws.state()
         generators = {
             head.name: self.draws.generators(step=self._step(), count=1, device=head.outputs.device, head=index)
@@ -310,10 +339,26 @@ class Intake:
             return False
         self.functional |= functional
         if again:
+            for _, sent in self._sent:
+                # Buffers are let go once nothing is under way in them.
+                sent.wait(functional=False)
             self._drop()
         self._heard_alone = replaceable
         self._reached |= statistics.layers.keys()
         self._flags.note(statistics, invalid_labels=invalid)
         with torch.no_grad():
             self._pending = statistics if self._pending is None else self._pending.merged(statistics)
+            if synchronises(self._model):
+                # The last of its step: it travels beside the backward.
+                self._send_off()
         return True
+
+
+def _merged(parts: Sequence[tuple[Statistics, Flags]]) -> tuple[Statistics, Flags]:
+    """Several captures as one; what is one already is not touched."""
+    if len(parts) == 1:
+        return parts[0]
+    flags = Flags()
+    for _, one in parts:
+        flags.add(one)
+    return reduce(Statistics.merged, [copy.deepcopy(one) for one, _ in parts]), flags

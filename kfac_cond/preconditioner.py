@@ -13,22 +13,21 @@ from torch.optim import Optimizer
 from . import state
 from .attachment import Attachments
 from .checks import checked_rules, settings_of
-from .costs import Plan
 from .coverage import Coverage, coverage_of_wrapped
 from .damping import Damping, as_damping
 from .data import Data
-from .distributed import StaticGraph, of_any_rank, ranks, summed
+from .distributed import Plan, PlanTable, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
-from .factors import Factors
-from .gradients import gradients_of, layer_update, trust_region_scale, write
+from .gradients import gradients_of, trust_region_scale, updates_of, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
 from .layers.layer import Layer
 from .layers.summed import TRAINED
 from .schedules import Clock, Schedule
+from .sharing import Shared
 from .structures import Fisher
-from .trust_region import LayerUpdate, TrustRegion, as_trust_region
+from .trust_region import TrustRegion, as_trust_region
 from .wrapping import Wrapped, refuse_wrapped
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -112,9 +111,10 @@ class KFAC:
             due=self._due,
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
+            ranks=lambda: self._shared.ranks(),
         )
         self._intake.watch(self.layers)
-        self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
+        self._shared = Shared(self._wrapped, self._intake.slots, lambda: self.damping.rule, self.schedule)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -139,11 +139,12 @@ class KFAC:
         After the first capture a layer that has had gradients and that no score has reached counts as not covered until
         one does; one that was not used at all is said to be so.
         """
-        plan = Plan(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
-        missing = self._intake.missing
-        unreached = [name for name in missing if name in self._apart]
-        unused = [name for name in missing if name not in self._apart]
-        return coverage_of_wrapped(self._wrapped.now(), self.layers, plan, unreached=unreached, unused=unused)
+        missing, costing = self._intake.missing, self._shared.costing
+        return coverage_of_wrapped(self._wrapped.now(), self.layers, costing, missing=missing, graded=self._apart)
+
+    def plan(self, world: int | None = None) -> PlanTable:
+        """Owners, memory, operations and messages, layer by layer, for ``world`` ranks or those there are; print it."""
+        return self._shared.table(world)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -154,9 +155,9 @@ class KFAC:
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
-            "kfac/skipped_captures": self._factors.health.skipped_captures,
-            "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
-            "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
+            "kfac/skipped_captures": self._shared.factors.health.skipped_captures,
+            "kfac/failed_layers": sum(count > 0 for count in self._shared.factors.health.failures.values()),
+            "kfac/plain_layers": len(self.layers) - len(self._shared.factors.inverted),
         }
         if self._scale is not None:
             metrics["kfac/trust_region_scale"] = self._scale
@@ -165,17 +166,19 @@ class KFAC:
     def fisher(self) -> Fisher:
         """The Fisher from the moving averages as they are now: a mapping from layer name to block.
 
+        Where layers are shared out among ranks, they are brought together on all of them, and all must call it.
+
         Raises:
             NotReadyError: nothing was captured yet.
         """
-        if not (self._factors.ready and self._factors.health.started):
+        if not (self._shared.factors.ready and self._shared.factors.health.started):
             raise NotReadyError("no factors yet: run a training step (or kfac.update) before kfac.fisher()")
         meta = {
             "likelihood": repr(self._intake.listener.likelihood),
             "kind": "sampled",
             "structure": self._wrapped.structure,
         }
-        return Fisher(self._factors.blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
+        return Fisher(self._shared.whole().blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
         table, step = self.coverage(), self._clock.at_most
@@ -188,7 +191,7 @@ class KFAC:
             f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
             f"{self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
-            *self._factors.summary(),
+            *self._shared.factors.summary(),
         )
         return "\n  ".join(lines)
 
@@ -209,6 +212,16 @@ class KFAC:
         self._intake.require_on_model()
         self._attachments.add(*optimizers)
         self._intake.start()
+
+    def distribute(self, plan: Plan) -> None:
+        """Share the layers out among the ranks of a run (``Plan()`` unless said); between steps, and on all ranks.
+
+        Raises:
+            ArgumentError: not a plan, or within a step.
+        """
+        if self._intake.pending:
+            raise ArgumentError("distribute() between a forward and its step: call it before the forward")
+        self._shared.distribute(plan)
 
     def update(self, outputs: Outputs, *, targets: Outputs | None = None, draws: Draws | None = None) -> None:
         """Capture the factors of the forward that gave ``outputs``; call it before ``loss.backward()``.
@@ -244,7 +257,7 @@ class KFAC:
             raise AttachError("an attached optimizer's step preconditions already: leave out kfac.precondition()")
         if self._paused:
             return
-        if not (self._intake.pending or self._factors.ready):
+        if not (self._intake.pending or self._shared.factors.ready):
             raise NotReadyError(
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
@@ -272,7 +285,7 @@ class KFAC:
 
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
-        self._factors = self._factors.restricted(self.layers, without=changed)
+        self._shared.changed(changed)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -281,14 +294,19 @@ class KFAC:
         self._attachments.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name."""
+        """Everything a bitwise resume needs, as plain tensors, numbers and strings by layer name.
+
+        It does not depend on which rank owns what. Where layers are shared out among ranks, they are brought together
+        on all of them: all must call it, and each needs the memory of 'replicate' for it.
+        """
         return state.save(
-            self._factors,
+            self._shared.whole(),
             gathered=self._intake.gathered,
             draws=self._intake.draws,
             slots=self._intake.slots,
             step=self.step,
             functional=self._wrapped.functional,
+            ranks=self._shared.ranks(),
         )
 
     def load_state_dict(self, saved: Mapping[str, Any], *, strict: bool = True) -> state.Unmatched:
@@ -306,9 +324,11 @@ class KFAC:
         """
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
-        loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience, strict=strict)
-        self._watch(self._wrapped.look_again(functional))
-        self._factors = loaded.factors.with_those(loaded.unmatched.missing_keys, of=self._factors)
+        slots, patience = self._intake.slots, self.schedule.patience
+        loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=self._shared.ranks(), strict=strict)
+        self._wrapped.look_again(functional)
+        self._intake.watch(self.layers)
+        self._shared.load(loaded)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
@@ -320,7 +340,7 @@ class KFAC:
         """Whether this step takes factors in: when scheduled, and until a capture has had a valid loss term at all."""
         if self._static_graph.holds(self._clock.at_most):
             return False
-        started = self._factors.health.started or not (self._factors.average.A or self._static_graph.held)
+        started = self._shared.factors.health.started or not (self._shared.factors.ready or self._static_graph.held)
         return not started or self._clock.factors_due()
 
     def _due(self) -> bool:
@@ -350,23 +370,12 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            updates = self._updates(gradients, rates)
+            updates = updates_of(self.layers, names, gradients, self._shared, rates)
             scale = None
             if updates and self.trust_region is not None:
                 scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
             write(self.layers, gradients, updates, scale)
         return True
-
-    def _updates(
-        self, gradients: Mapping[str, dict[str, Tensor]], rates: Mapping[int, float | Tensor]
-    ) -> dict[str, LayerUpdate]:
-        """The preconditioned gradients of the layers that have an inverse; nothing is written."""
-        updates = {}
-        for name, found in gradients.items():
-            inverse = self._factors.inverse_of(name, next(iter(found.values())))
-            if inverse is not None:
-                updates[name] = layer_update(self.layers[name], found, inverse, rates)
-        return updates
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
@@ -380,21 +389,17 @@ class KFAC:
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
-        looked, captured = self._intake.looking, self._intake.take()
+        captured = self._intake.take()
         if captured is not None:
-            functional = self._intake.functional
-            if looked and ranks() > 1:
-                functional = of_any_rank(functional, self.layers)
-            for name in functional:
-                captured[0].layers.pop(name, None)
-            statistics, flags = captured if ranks() == 1 else summed(*captured, self.layers)
-            self._factors.add(statistics, flags, decay=decay)
-            if functional:
-                self._watch(self._wrapped.without_a_form(functional))
+            for name in captured.functional:
+                captured.statistics.layers.pop(name, None)
+            self._shared.factors.add(captured.statistics, captured.flags, decay=decay)
+            if captured.functional:
+                self._watch(self._wrapped.without_a_form(captured.functional))
             else:
                 self._intake.name_missing()
         elif self._factors_due():
-            self._intake.refuse_silence(allowed=bool(self._factors.ready))
-        if self._clock.inverses_due() or self._factors.waiting:
-            self._factors.refresh(self.damping, step=self._clock.at_most)
+            self._intake.refuse_silence(allowed=bool(self._shared.factors.ready))
+        if self._clock.inverses_due() or self._shared.factors.waiting:
+            self._shared.refresh(self.damping, step=self._clock.at_most)
         self._clock.taken_in = True

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .distributed import Ranks
 from .draws import Draws
 from .errors import StateError
-from .factors import Factors
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
@@ -39,6 +39,15 @@ _AVERAGES: tuple[set[str], ...] = (set(), {"G_weight"}, {"A", "A_weight", "G", "
 _COUNTS = {"draws", "draws_squared"}
 
 
+class Kept(Protocol):
+    """What there is of all layers."""
+
+    layers: Mapping[str, Layer]
+    average: MovingAverage
+    inverses: dict[str, Block]
+    health: Health
+
+
 class Unmatched(NamedTuple):
     """The layers that a state and a model do not share, named as ``nn.Module.load_state_dict`` names keys.
 
@@ -56,21 +65,23 @@ class Loaded:
     """A state that was checked, on the devices of the model."""
 
     unmatched: Unmatched
-
-    factors: Factors
+    average: MovingAverage
+    inverses: dict[str, Block]
+    health: Health
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
     step: int
 
 
 def save(
-    factors: Factors,
+    factors: Kept,
     *,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
     slots: Slots,
     step: int,
     functional: Iterable[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
     return {
@@ -82,6 +93,8 @@ def save(
         "heads": list(slots.names),
         "functional": sorted(functional),
         "health": tuple(factors.health.state().items()),
+        # Whose labels were drawn, and whose batch was gathered.
+        "rank": [ranks.rank, ranks.size],
         "gathered": () if gathered is None else (_gathered_state(*gathered),),
         "layers": tuple(
             (
@@ -90,7 +103,7 @@ def save(
                     "shape": list(layer.layout.matrix_shape),
                     "parameters": list(layer.layout.names),
                     "average": factors.average.layer_state(name),
-                    "inverse": _inverse_state(factors.inverses.get(name)),
+                    "inverse": inverse_state(factors.inverses.get(name)),
                 },
             )
             for name, layer in factors.layers.items()
@@ -108,7 +121,9 @@ def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, saved["functional"]))
 
 
-def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int, strict: bool) -> Loaded:
+def load(
+    saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int, ranks: Ranks, strict: bool
+) -> Loaded:
     """Check a state against the layers of a model and bring it to their devices; changes nothing.
 
     Raises:
@@ -126,16 +141,33 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
         entry = _layer_entry(name, layer, entries[name])
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
-            inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
+            inverses[name] = loaded_inverse(name, layer, entry["inverse"])
     health = Health(layers, patience=patience)
     try:
         health.load_state(_paired(saved, "health"), shared)
-        step, draws = int(saved["step"]), Draws(int(saved["seed"]))
-        draws.load_state(_paired(saved, "draws"))
+        step, draws = int(saved["step"]), Draws(int(saved["seed"]), rank=ranks.rank)
+        if _is_own(saved, ranks):
+            draws.load_state(_paired(saved, "draws"))
         gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(unmatched, Factors(layers, average, health, inverses), gathered, draws, step)
+    return Loaded(unmatched, average, inverses, health, gathered, draws, step)
+
+
+def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:
+    """Whether the state was saved by this very rank; what was gathered, and labels, are the rank's own.
+
+    Raises:
+        StateError: it was not, and holds a batch that was gathered for a step to come.
+    """
+    own = list(saved.get("rank", [0, 1])) == [ranks.rank, ranks.size]
+    if not own and len(saved["gathered"]):
+        raise StateError(
+            f"the state was saved by rank {' of '.join(map(str, saved['rank']))} between a forward and its step, and "
+            f"holds what that rank alone had gathered; this is rank {ranks.rank} of {ranks.size}. Save after the "
+            f"optimizer's step, or let every rank load its own file at the same number of ranks."
+        )
+    return own
 
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
@@ -165,7 +197,8 @@ def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slot
     return statistics, Flags(int(entry["captures"]), here(entry["flags"]))
 
 
-def _inverse_state(inverse: Block | None) -> dict[str, Any] | None:
+def inverse_state(inverse: Block | None) -> dict[str, Any] | None:
+    """An inverse as plain tensors and strings."""
     if inverse is None:
         return None
     held = {key: tensor for key in _STORED[type(inverse)] if (tensor := getattr(inverse, key)) is not None}
@@ -241,7 +274,12 @@ def _whole_average(name: str, layer: Layer, entry: object) -> Mapping[str, Tenso
     return entry
 
 
-def _loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
+def loaded_inverse(name: str, layer: Layer, entry: object) -> Block:
+    """The inverse of a layer from what ``inverse_state`` gave, where the layer is.
+
+    Raises:
+        StateError: it is not that.
+    """
     if isinstance(entry, Mapping):
         # The basis of a side that is a diagonal is the identity, which is not stored.
         none = {f"basis_{side}" for side in layer.diagonal_sides}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kfac_cond as kc
-from kfac_cond.gradients import gradients_of, layer_update, trust_region_scale, write
+from kfac_cond.gradients import gradient_matrix, gradients_of, rate_of, trust_region_scale, write
 from kfac_cond.layers.layer import Layer
 from kfac_cond.layers.survey import survey
 from kfac_cond.trust_region import LayerUpdate
@@ -27,6 +27,11 @@ def layer() -> Layer:
 def inverse(layer: Layer) -> kc.KroneckerBlock:
     rows = torch.randn(9, 4), torch.randn(9, 2)
     return kc.KroneckerBlock(layer.layout, A=rows[0].mT @ rows[0], G=rows[1].mT @ rows[1])
+
+
+def update_of(layer: Layer, gradients: dict[str, torch.Tensor], inverse: kc.KroneckerBlock) -> LayerUpdate:
+    matrix = gradient_matrix(layer, gradients)
+    return LayerUpdate(matrix, inverse.matvec(matrix), 1.0)
 
 
 def test_gradients_are_named(layer):
@@ -60,22 +65,21 @@ def test_a_changed_layer_is_refused_by_name(layer):
 
 
 def test_an_update_is_the_inverse_times_the_matrix(layer, inverse):
-    update = layer_update(layer, gradients_of(layer), inverse, {})
     matrix = torch.cat([layer.parameters["0.weight"].grad, layer.parameters["0.bias"].grad[:, None]], 1)
-    assert_same(update.gradient, matrix)
-    assert_same(update.update, inverse.G @ matrix @ inverse.A)
+    found = update_of(layer, gradients_of(layer), inverse)
+    assert_same(found.gradient, matrix)
+    assert_same(found.update, inverse.G @ matrix @ inverse.A)
 
 
-def test_a_missing_gradient_counts_as_zero(layer, inverse):
+def test_a_missing_gradient_counts_as_zero(layer):
     layer.parameters["0.bias"].grad = None
-    update = layer_update(layer, gradients_of(layer), inverse, {})
-    assert torch.equal(update.gradient[:, -1], torch.zeros(2))
+    assert torch.equal(gradient_matrix(layer, gradients_of(layer))[:, -1], torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_gradient_is_brought_to_the_dtype_of_the_inverse(layer, inverse, dtype):
+def test_a_gradient_is_brought_to_the_dtype_of_statistics(layer, dtype):
     found = {name: gradient.to(dtype) for name, gradient in gradients_of(layer).items()}
-    assert layer_update(layer, found, inverse, {}).update.dtype == torch.float64
+    assert gradient_matrix(layer, found).dtype == torch.float32
 
 
 RATES = {
@@ -90,16 +94,16 @@ RATES = {
 
 
 @pytest.mark.parametrize("case", RATES)
-def test_the_rate_is_the_largest_of_the_layer_s(layer, inverse, case):
+def test_the_rate_is_the_largest_of_the_layer_s(layer, case):
     given, expected = RATES[case]
     rates = {id(layer.parameters[name]): rate for name, rate in given.items()}
-    assert float(layer_update(layer, gradients_of(layer), inverse, rates).rate) == pytest.approx(expected)
+    assert float(rate_of(layer, rates)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("scale", [None, 0.25], ids=["whole", "shortened"])
 def test_what_is_written_is_the_update(layer, inverse, scale):
     gradients = {"0": gradients_of(layer)}
-    updates = {"0": layer_update(layer, gradients["0"], inverse, {})}
+    updates = {"0": update_of(layer, gradients["0"], inverse)}
     write({"0": layer}, gradients, updates, None if scale is None else torch.tensor(scale))
     expected = updates["0"].update * (scale or 1.0)
     assert_same(torch.cat([layer.parameters["0.weight"].grad, layer.parameters["0.bias"].grad[:, None]], 1), expected)
@@ -110,7 +114,7 @@ def test_writing_keeps_the_gradient_s_tensor_and_dtype(layer, inverse):
     layer.parameters["0.weight"].grad_dtype = None
     gradient = layer.parameters["0.weight"].grad = layer.parameters["0.weight"].grad.to(torch.bfloat16)
     gradients = {"0": gradients_of(layer)}
-    write({"0": layer}, gradients, {"0": layer_update(layer, gradients["0"], inverse, {})}, None)
+    write({"0": layer}, gradients, {"0": update_of(layer, gradients["0"], inverse)}, None)
     assert layer.parameters["0.weight"].grad is gradient
     assert gradient.dtype == torch.bfloat16
 

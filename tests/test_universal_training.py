@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kfac_cond as kc
-from kfac_cond.distributed import summed
 from kfac_cond.layers.layer import draws_needed
 from kfac_cond.layers.universal import MIN_DRAWS
 from kfac_cond.statistics import LayerSums, MovingAverage, Slots, Statistics
@@ -287,23 +286,6 @@ def test_a_state_without_the_counts_is_refused():
     del dict(state["layers"])["out"]["average"]["draws"]
     with pytest.raises(kc.StateError, match=r"layer 'out': .*expected .*draws"):
         kfac.load_state_dict(state)
-
-
-def test_ranks_add_squares(monkeypatch):
-    model = Small()
-    layers = kc.KFAC(model, "categorical").layers
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-    # Two ranks with the same statistics.
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer: buffer.mul_(2))
-    G = torch.rand(1, *layers["out"].sum_shapes[1])
-    sums = {"out": LayerSums(torch.zeros(()), torch.ones(()), G.clone())}
-    mine = Statistics(sums, torch.tensor([3.0]), Slots(), 3, torch.tensor(True))
-    from kfac_cond.health import Flags
-
-    together, _ = summed(mine, Flags(), layers)
-    assert_same(together.layers["out"].G, 2 * G)
-    assert_same(together.divisor, torch.tensor([6.0], dtype=together.divisor.dtype))
 
 
 def test_two_heads_are_averaged_apart():

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kfac_cond as kc
 from kfac_cond.draws import Draws
 
-from .reference import assert_same
+from ..reference import assert_same
+from .spawn import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD = 2
-TIME_LIMIT = 100
 
 
 def network() -> nn.Sequential:
@@ -116,14 +112,15 @@ def universal_step(*shards: slice) -> kc.KFAC:
     return kfac
 
 
-def gradients_under_ddp(rank: int, *, captured: bool) -> list[Tensor]:
-    """Of raw parameters, averaged over the ranks, with and without a capture before the backward."""
+def gradients_under_ddp(rank: int, strategy: str | None) -> list[Tensor]:
+    """Of raw parameters, averaged over the ranks, with a capture before the backward or, of None, without."""
     model = Raw()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     kfac = kc.KFAC(wrapped, "categorical", schedule=kc.Schedule(factors=1, inverses=1))
     x, y, drawn = (part[SHARDS[rank]] for part in batches())
+    kfac.distribute(kc.Plan(strategy=strategy or "replicate"))
     outputs = wrapped(x)
-    if captured:
+    if strategy is not None:
         kfac.update(outputs, draws=drawn)
     nn.functional.cross_entropy(outputs, y).backward()
     return [p.grad.clone() for p in model.parameters()]
@@ -191,10 +188,7 @@ def branching_steps(functional: list[bool], rows: list[slice]) -> kc.KFAC:
     return kfac
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, likelihood in (("mean", kc.Categorical()), ("sum", kc.Categorical(reduction="sum"))):
         found[name] = factors(one_step(network(), likelihood, SHARDS[rank]))
@@ -207,27 +201,16 @@ def worker(rank: int, folder: str) -> None:
     found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
     found["universal"] = factors(universal_step(SHARDS[rank]))
     found["branching"] = dense(branching_steps([rank == 1], [SHARDS[rank]]))
-    found["ddp"] = {str(captured): gradients_under_ddp(rank, captured=captured) for captured in (True, False)}
+    found["ddp"] = {strategy: gradients_under_ddp(rank, strategy) for strategy in (None, "replicate", "shard")}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
     found["uniform"] = torch.rand(4, generator=generator)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
-        deadline = time.monotonic() + TIME_LIMIT
-        # It returns after each process that ends.
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                pytest.fail(f"the ranks did not end within {TIME_LIMIT} s")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return run(work, WORLD)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -282,8 +265,9 @@ def test_a_weight_that_one_rank_uses_without_a_call_is_universal_on_all(results,
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_what_ddp_reduces_is_the_same_with_a_capture(results, rank):
-    found, plain = (results[rank]["ddp"][key] for key in ("True", "False"))
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_what_ddp_reduces_is_the_same_with_a_capture(results, rank, strategy):
+    found, plain = (results[rank]["ddp"][key] for key in (strategy, None))
     assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
 
 

@@ -1,0 +1,8 @@
+"""Who owns which layer, and what travels between the ranks, on torch.distributed alone."""
+
+from .ddp import StaticGraph, synchronises
+from .planner import EVERY, LayerPlan, Plan, PlanTable, RankPlan
+from .ranks import Ranks
+from .reduce import Captured
+
+__all__ = ["EVERY", "Captured", "LayerPlan", "Plan", "PlanTable", "RankPlan", "Ranks", "StaticGraph", "synchronises"]

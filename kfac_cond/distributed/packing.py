@@ -1,0 +1,147 @@
+"""Tensors on their way as stretches of one flat buffer: symmetric matrices as triangles, counts exact to 2^36."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..damping import Rule
+from ..layers.layer import Layer
+from ..layers.summed import GradientMoments, GradientSquares
+from ..statistics import LayerSums
+from ..structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+
+LIMB = 2.0**12
+"""Counts travel as three numbers below this one: float32 adds 4096 of them without rounding."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The shape of a tensor on its way, and whether its last two dimensions are a symmetric matrix.
+
+    Args:
+        shape: of the tensor.
+        symmetric: exactly symmetric in the last two dimensions, of which one triangle is sent.
+    """
+
+    shape: tuple[int, ...]
+    symmetric: bool = False
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are sent."""
+        if not self.symmetric:
+            return prod(self.shape)
+        *leading, d, _ = self.shape
+        return prod(leading) * (d * (d + 1) // 2)
+
+    def packed(self, tensor: Tensor) -> Tensor:
+        """The numbers to send, flat."""
+        return folded(tensor) if self.symmetric else tensor.reshape(-1)
+
+    def unpacked(self, flat: Tensor) -> Tensor:
+        """The tensor again, in memory of its own."""
+        if self.symmetric:
+            return unfolded(flat, self.shape)
+        return flat.reshape(self.shape).clone()
+
+
+def folded(matrix: Tensor) -> Tensor:
+    """One triangle of symmetric matrices [..., d, d], flat: d (d + 1) / 2 numbers of each.
+
+    The matrix is cut into four blocks. The triangles of the two on its diagonal make one rectangle, the block beside
+    them is another, so that no index of the size of the matrix is formed.
+
+    Source: Gustavson, Wasniewski, Dongarra & Langou 2010 (rectangular full packed format).
+    """
+    d = matrix.shape[-1]
+    k = d // 2
+    m = d - k
+    both = matrix.new_zeros(*matrix.shape[:-2], m, k + 1)
+    both[..., :m] += matrix[..., k:, k:].tril()
+    both[..., :k, 1:] += matrix[..., :k, :k].triu()
+    beside = matrix[..., :k, k:]
+    return torch.cat([both.flatten(-2), beside.flatten(-2)], dim=-1).reshape(-1)
+
+
+def unfolded(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The matrices of ``shape`` [..., d, d] that ``folded`` took."""
+    *leading, d, _ = shape
+    k = d // 2
+    m = d - k
+    both, beside = torch.split(flat.reshape(*leading, -1), [m * (k + 1), k * m], dim=-1)
+    both, beside = both.reshape(*leading, m, k + 1), beside.reshape(*leading, k, m)
+    matrix = flat.new_empty(shape)
+    lower, upper = both[..., :m].tril(), both[..., :k, 1:].triu()
+    matrix[..., k:, k:] = lower + lower.tril(-1).mT
+    matrix[..., :k, :k] = upper + upper.triu(1).mT
+    matrix[..., :k, k:] = beside
+    matrix[..., k:, :k] = beside.mT
+    return matrix
+
+
+def limbs(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as [3, n] of ``dtype``, whose sums over up to 4096 ranks are exact for whole numbers below 2^36."""
+    high = (counts / LIMB**2).floor()
+    middle = ((counts - high * LIMB**2) / LIMB).floor()
+    return torch.stack([high, middle, counts - high * LIMB**2 - middle * LIMB]).to(dtype)
+
+
+def from_limbs(three: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers [n] whose ``limbs`` were added."""
+    high, middle, low = three.to(dtype).unbind()
+    return high * LIMB**2 + middle * LIMB + low
+
+
+def sum_pieces(layer: Layer, slots: int) -> tuple[Piece, ...]:
+    """What is sent of a layer's sums: A, and what G is made of."""
+    of_A, of_G = layer.sum_shapes
+    whole = {side: side not in layer.diagonal_sides for side in "AG"}
+    if isinstance(layer.gradient_sums, GradientMoments):
+        sides = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
+        return Piece(of_A), *(Piece((slots, *shape), whole[side]) for side, shape in sides)
+    if layer.gradient_sums is not None:
+        return Piece(of_A), Piece((slots, *of_G))
+    return Piece(of_A, whole["A"]), Piece((slots, *of_G), whole["G"])
+
+
+def packed_sums(layer: Layer, pieces: Sequence[Piece], sums: LayerSums) -> list[Tensor]:
+    """The numbers of ``sum_pieces``."""
+    of_A, *of_G = pieces
+    slots = len(sums.G)
+    parts = torch.split(sums.G.reshape(slots, -1), [prod(piece.shape) // slots for piece in of_G], dim=-1)
+    found = [piece.packed(part.reshape(piece.shape)) for piece, part in zip(of_G, parts, strict=True)]
+    return [of_A.packed(sums.A), *found]
+
+
+def unpacked_sums(layer: Layer, pieces: Sequence[Piece], flat: Sequence[Tensor], count: Tensor) -> LayerSums:
+    """The sums again, with their count."""
+    A, *of_G = (piece.unpacked(one) for piece, one in zip(pieces, flat, strict=True))
+    slots = len(of_G[0])
+    G = of_G[0] if len(of_G) == 1 else torch.cat([one.reshape(slots, -1) for one in of_G], dim=-1)
+    return LayerSums(A, count, G.reshape(slots, *layer.sum_shapes[1]))
+
+
+def inverse_pieces(layer: Layer, rule: Rule) -> dict[str, Piece]:
+    """What is sent of a layer's inverse, by the name of the block's tensor."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return {"values": Piece(layer.layout.matrix_shape)}
+    shapes = dict(zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True))
+    if rule == "factored":
+        return {side: Piece(shape, side not in layer.diagonal_sides) for side, shape in shapes.items()}
+    bases = {f"basis_{side}": Piece(shape) for side, shape in shapes.items() if side not in layer.diagonal_sides}
+    return bases | {"values": Piece(layer.layout.matrix_shape)}
+
+
+def inverse_of(layer: Layer, rule: Rule, tensors: Mapping[str, Tensor]) -> Block:
+    """The block of the tensors that ``inverse_pieces`` names."""
+    if isinstance(layer.gradient_sums, GradientSquares):
+        return DiagonalBlock(layer.layout, tensors["values"], layer.name)
+    if rule == "factored":
+        return KroneckerBlock(layer.layout, tensors["A"], tensors["G"], layer.name)
+    basis_A, basis_G = tensors.get("basis_A"), tensors.get("basis_G")
+    return EigenBlock(layer.layout, basis_A, basis_G, tensors["values"], layer.name)

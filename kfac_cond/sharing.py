@@ -1,0 +1,104 @@
+"""The factors of a run, and the ranks that they are shared out among."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .checks import described
+from .costs import Costing
+from .damping import Damping, Rule
+from .distributed import EVERY, Plan, PlanTable, Ranks
+from .errors import ArgumentError, RankError
+from .factors import Factors
+from .schedules import Schedule
+from .state import Loaded
+from .statistics import Slots
+from .wrapping import Wrapped
+
+
+class Shared:
+    """What is kept of the layers of a wrapped model, on this rank and on the others.
+
+    A process group may come after the wrapping: the ranks are looked for where they are needed.
+
+    Args:
+        wrapped: has the layers as they are at the time.
+        slots: what is summed apart.
+        rule: of the damping.
+        schedule: says the steps between two refreshes, and the patience.
+    """
+
+    def __init__(self, wrapped: Wrapped, slots: Slots, rule: Callable[[], Rule], schedule: Schedule) -> None:
+        self.plan = Plan()
+        self.factors = Factors.empty(wrapped.layers, slots.weights, patience=schedule.patience)
+        self._wrapped, self._slots, self._rule = wrapped, slots, rule
+        self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
+        self._ranks: Ranks | None = None
+
+    @property
+    def costing(self) -> Costing:
+        """What costs depend on."""
+        return Costing(self._rule(), len(self._slots), self._wrapped.structure)
+
+    def ranks(self) -> Ranks:
+        """The ranks there are, with the layers shared out among them.
+
+        Raises:
+            RankError: their number changed while layers were shared out.
+        """
+        before, world = self._ranks, self.plan.world
+        if before is not None and before.size == world:
+            return before
+        if before is not None and not before.layout.replicated:
+            raise RankError(
+                f"there are {world} ranks where there were {before.size}, which had layers that the others did not: "
+                f"save kfac.state_dict() before the process group changes, and load it into a new KFAC after"
+            )
+        self._ranks = self.plan.ranks()
+        self._assign()
+        self.factors = self.factors.placed(self._ranks)
+        return self._ranks
+
+    def whole(self) -> Factors:
+        """The factors of all layers, on every rank; all of them call it where layers are shared out."""
+        return self.factors.whole(self.ranks())
+
+    def refresh(self, damping: Damping, *, step: int) -> None:
+        """Invert all averages anew; see ``Factors.refresh``."""
+        ranks = self.ranks()
+        self.factors.refresh(damping, ranks, step=step)
+
+    def distribute(self, plan: Plan) -> None:
+        """Share out anew by another plan; all ranks call it.
+
+        Raises:
+            ArgumentError: not a plan.
+        """
+        if not isinstance(plan, Plan):
+            raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
+        self.factors = self.whole()
+        self.plan, self._ranks = plan, None
+        self.ranks()
+
+    def changed(self, names: Sequence[str]) -> None:
+        """Go on with the layers there are now, keeping what is not of these; all ranks call it."""
+        whole = self.whole()
+        self._assign()
+        self.factors = whole.restricted(self._wrapped.layers, without=names).placed(self.ranks())
+
+    def load(self, loaded: Loaded) -> None:
+        """Take over the factors of a state, of the layers there are now; those it has not stay as they are."""
+        missing = loaded.unmatched.missing_keys
+        before = self.whole() if missing else self.factors
+        self._assign()
+        whole = Factors(self._wrapped.layers, loaded.average, loaded.health, loaded.inverses)
+        self.factors = whole.with_those(missing, of=before).placed(self.ranks())
+
+    def table(self, world: int | None) -> PlanTable:
+        """The plan in numbers, for so many ranks, or for those there are."""
+        world = self.plan.world if world is None else world
+        return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every)
+
+    def _assign(self) -> None:
+        if self._ranks is not None:
+            self._ranks.assign(self._wrapped.layers, self.costing, every=self._every)
