@@ -45,7 +45,7 @@ from .likelihoods import (
 )
 from .options import Options, Structure
 from .preconditioner import KFAC
-from .schedules import Schedule
+from .schedules import Adaptive, Schedule
 from .structures import (
     Block,
     DenseBlock,
@@ -70,6 +70,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "KFAC",
+    "Adaptive",
     "ArgumentError",
     "AttachError",
     "Bernoulli",

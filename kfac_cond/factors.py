@@ -6,11 +6,11 @@ from collections.abc import Container, Iterable, Mapping
 
 from torch import Tensor
 
-from .damping import Damping
+from .damping import DampingNow
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import MovingAverage, Statistics, statistic_dtype
-from .structures import Block, DiagonalBlock, KroneckerBlock, averaged, damped_inverses_of
+from .structures import Block, DiagonalBlock, KroneckerBlock, averaged, damped_inverses_of, unread_inverses_of
 
 
 class Factors:
@@ -62,12 +62,18 @@ class Factors:
         self.health.add(flags)
         self.average.update(statistics, decay=decay)
 
-    def blocks(self) -> dict[str, KroneckerBlock | DiagonalBlock]:
-        """The averages as blocks."""
-        return {name: averaged(self.layers[name], *self.average.factors(name)) for name in self.ready}
+    def blocks(self, names: Iterable[str] | None = None) -> dict[str, KroneckerBlock | DiagonalBlock]:
+        """The averages as blocks; of these layers, or of all that have any."""
+        names = self.ready if names is None else names
+        return {name: averaged(self.layers[name], *self.average.factors(name)) for name in names}
 
-    def refresh(self, damping: Damping, *, step: int) -> None:
-        """Invert all averages anew; nothing where none is usable yet.
+    def refresh(self, damping: DampingNow, *, only: Container[str] | None = None) -> None:
+        """Invert averages anew; nothing where none is usable yet.
+
+        Args:
+            damping: of the step.
+            only: these layers, and whichever has no inverse or could not be inverted at a step of its own; all, for
+                None.
 
         Raises:
             LikelihoodError, NumericalError: what was captured, or cannot be inverted, is not to go on with.
@@ -75,14 +81,34 @@ class Factors:
         if not self.health.read(first=not self.inverses):
             return
         self._unused = self.average.unused()
-        blocks = {name: block for name, block in self.blocks().items() if name not in self._unused}
-        dampings = {
-            name: damping.of(*block.sides, step=step, override=self.layers[name].rule.damping)
-            for name, block in blocks.items()
-        }
-        inverses, rungs = damped_inverses_of(blocks, dampings, rule=damping.rule, previous=self.inverses)
+        usable = [name for name in self.ready if name not in self._unused]
+        due = set(usable).difference(() if only is None else self.inverses.keys() - self.health.kept)
+        due.update(name for name in usable if only is None or name in only)
+        blocks = self.blocks([name for name in usable if name in due])
+        inverses, rungs = damped_inverses_of(
+            blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
+        )
         self.health.climbed(rungs)
-        self.inverses = inverses
+        self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
+
+    def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
+        """Invert those of these averages that were inverted before, on the step path: what fails stays as it was.
+
+        The next ``refresh`` reads which did.
+        """
+        blocks = self.blocks([name for name in names if name in self.inverses])
+        if not blocks:
+            return
+        inverses, failed = unread_inverses_of(
+            blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
+        )
+        self.health.replaced(failed)
+        self.inverses |= inverses
+
+    def _dampings(self, blocks: Mapping[str, KroneckerBlock | DiagonalBlock], damping: DampingNow) -> dict[str, Tensor]:
+        return {
+            name: damping.of(name, *block.sides, own=self.layers[name].rule.damping) for name, block in blocks.items()
+        }
 
     def inverse_of(self, name: str, like: Tensor) -> Block | None:
         """The layer's inverse, where its gradient is and in the dtype of its statistics; None where there is none."""

@@ -30,19 +30,20 @@ class Flags:
     def note(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
         """Add one capture's flags; nothing is read."""
         self.captures += 1
-        self._count("captures", ~statistics.finite)
-        self._count("usable", statistics.finite & (statistics.divisor > 0).any())
-        self._count("labels", invalid_labels)
+        self.count("captures", ~statistics.finite)
+        self.count("usable", statistics.finite & (statistics.divisor > 0).any())
+        self.count("labels", invalid_labels)
         for name, flag in statistics.nonfinite.items():
-            self._count(f"layer {name}", flag)
+            self.count(f"layer {name}", flag)
 
     def add(self, other: Flags) -> None:
         """Add the flags of other captures."""
         self.captures += other.captures
         for key, count in other.counts.items():
-            self._count(key, count)
+            self.count(key, count)
 
-    def _count(self, key: str, flag: Tensor) -> None:
+    def count(self, key: str, flag: Tensor) -> None:
+        """Add a flag, or a count, to those under a key."""
         before = self.counts.get(key)
         self.counts[key] = flag.long() if before is None else before.to(flag.device) + flag
 
@@ -71,6 +72,8 @@ class Health:
         self.skipped_captures = 0
         self.barren_intervals = 0
         self.started = False
+        #: Layers that, since the last read but one, were to be refreshed at a step of their own and kept what they had.
+        self.kept: set[str] = set()
         self._warned = False
         self._named: set[tuple[str, Rung]] = set()
         self._unread = Flags()
@@ -78,6 +81,11 @@ class Health:
     def add(self, flags: Flags) -> None:
         """Take in the flags of the captures that a step took; nothing is read."""
         self._unread.add(flags)
+
+    def replaced(self, failed: Mapping[str, Tensor]) -> None:
+        """Take in which factorisations failed at a step of their own, 0-d bool by layer; nothing is read."""
+        for name, flag in failed.items():
+            self._unread.count(f"kept {name}", flag)
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
         """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""
@@ -126,8 +134,9 @@ class Health:
         unread, self._unread = self._unread, Flags()
         captures, counts = unread.captures, unread.read()
         if counts is None:
-            self.started = True
+            self.started, self.kept = True, set()
             return True
+        self.kept = {name for name in self.failures if counts[f"kept {name}"]}
         if not captures:
             return self.started
         bad = counts["captures"]

@@ -15,7 +15,7 @@ from .attachment import Attachments
 from .checks import checked_rules, settings_of
 from .costs import Plan
 from .coverage import Coverage, coverage_of_wrapped
-from .damping import Damping, as_damping
+from .damping import Damping, DampingNow, as_damping
 from .data import Data
 from .distributed import StaticGraph, of_any_rank, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
@@ -26,6 +26,7 @@ from .heads import Distribution
 from .intake import Intake
 from .layers.layer import Layer
 from .layers.summed import TRAINED
+from .refreshes import Refreshes
 from .schedules import Clock, Schedule
 from .structures import Fisher
 from .trust_region import LayerUpdate, TrustRegion, as_trust_region
@@ -115,6 +116,7 @@ class KFAC:
         )
         self._intake.watch(self.layers)
         self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
+        self._refreshes = Refreshes(self.schedule, self.layers, self._plan)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,10 @@ class KFAC:
         return self._clock.step
 
     @property
+    def _plan(self) -> Plan:
+        return Plan(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
+
+    @property
     def active(self) -> bool:
         """Whether it is not paused."""
         return not self._paused
@@ -139,11 +145,10 @@ class KFAC:
         After the first capture a layer that has had gradients and that no score has reached counts as not covered until
         one does; one that was not used at all is said to be so.
         """
-        plan = Plan(self.damping.rule, len(self._intake.slots), self._wrapped.structure)
         missing = self._intake.missing
         unreached = [name for name in missing if name in self._apart]
         unused = [name for name in missing if name not in self._apart]
-        return coverage_of_wrapped(self._wrapped.now(), self.layers, plan, unreached=unreached, unused=unused)
+        return coverage_of_wrapped(self._wrapped.now(), self.layers, self._plan, unreached=unreached, unused=unused)
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
@@ -156,6 +161,7 @@ class KFAC:
             "kfac/damping": self.damping.at(self._clock.at_most),
             "kfac/skipped_captures": self._factors.health.skipped_captures,
             "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
+            "kfac/kept_inverses": len(self._factors.health.kept),
             "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
         }
         if self._scale is not None:
@@ -274,6 +280,7 @@ class KFAC:
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
         self._factors = self._factors.restricted(self.layers, without=changed)
+        self._refreshes = Refreshes(self.schedule, self.layers, self._plan)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -391,6 +398,5 @@ class KFAC:
                 self._intake.name_missing()
         elif self._factors_due():
             self._intake.refuse_silence(allowed=bool(self._factors.ready))
-        if self._clock.inverses_due() or self._factors.waiting:
-            self._factors.refresh(self.damping, step=self._clock.at_most)
+        self._refreshes.now(self._factors, self._clock, DampingNow(self.damping, self._clock.at_most))
         self._clock.taken_in = True

@@ -15,6 +15,7 @@ from .sampling import SamplingError
 from .storage import Stored, register_stored
 from .sums import SumBlock
 from .unit_wise import UnitWiseBlock
+from .unread import unread_inverses_of
 
 __all__ = [
     "COLLECTORS",
@@ -38,4 +39,5 @@ __all__ = [
     "averaged",
     "damped_inverses_of",
     "register_stored",
+    "unread_inverses_of",
 ]

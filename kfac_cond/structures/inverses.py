@@ -59,7 +59,7 @@ def damped_inverses_of(
 def _reciprocals(
     blocks: Mapping[str, DiagonalBlock], dampings: Mapping[str, Tensor]
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
-    damped = {name: _damped_values(block.values, 1, dampings[name]) for name, block in blocks.items()}
+    damped = {name: damped_values(block.values, 1, dampings[name]) for name, block in blocks.items()}
     raised = read_status([flag.reshape(1) for _, flag in damped.values()])
     found: dict[str, Block] = {name: block.with_values(damped[name][0].reciprocal()) for name, block in blocks.items()}
     return found, {name: Rung.MORE_DAMPING if more else Rung.FIRST for name, more in zip(blocks, raised, strict=True)}
@@ -93,7 +93,7 @@ def _exact(
     bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in block.sides])
     ended = _higher(blocks, rungs)
     pairs = dict(zip(blocks, zip(bases[::2], bases[1::2], strict=True), strict=True))
-    damped = {name: _damped_values(*_values(*pair), dampings[name]) for name, pair in pairs.items()}
+    damped = {name: damped_values(*product_values(*pair), dampings[name]) for name, pair in pairs.items()}
     raised = read_status([flag.reshape(1) for _, flag in damped.values()])
     found: dict[str, Block] = {}
     for (name, block), more in zip(blocks.items(), raised, strict=True):
@@ -110,12 +110,12 @@ def _exact(
     return found, ended
 
 
-def _values(of_A: Eigenbasis, of_G: Eigenbasis) -> tuple[Tensor, int]:
+def product_values(of_A: Eigenbasis, of_G: Eigenbasis) -> tuple[Tensor, int]:
     """The eigenvalues of G (x) A, and the side whose round-off they carry."""
     return einsum(of_G[0], of_A[0], "... o, ... i -> ... o i"), side_of_basis(of_A[1], of_G[1])
 
 
-def _damped_values(values: Tensor, size: int, damping: Tensor) -> tuple[Tensor, Tensor]:
+def damped_values(values: Tensor, size: int, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., o, i] with the damping added, and a 0-d flag: some had to be raised beyond what was asked."""
     # With no damping an eigenvalue that is zero but for round-off must not become an infinite step. A block that is
     # all zero has no scale of its own: one leaves its gradient as it is.
