@@ -30,6 +30,7 @@ from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
 from .layers.sharing import both, kept
+from .layers.summed import Bases
 from .statistics import LayerSums
 
 logger = logging.getLogger("kfac_cond")
@@ -65,6 +66,7 @@ class Capture:
         positions: of (args, kwargs) of the model's call: a bool mask (B, T) of real positions, or None.
         heard: called with (args, kwargs, outputs) after each captured call of the model.
         wanted: what is asked for where it is not A and G of every layer.
+        bases: the bases in use, of layers that are kept in one.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Capture:
         positions: Positions | None = None,
         heard: Heard | None = None,
         wanted: Wanted | None = None,
+        bases: Callable[[], Mapping[str, Bases]] = dict,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -91,6 +94,7 @@ class Capture:
         self._positions = positions
         self._heard = heard
         self._wanted = wanted
+        self._bases = bases
         self._handles: list[RemovableHandle] = []
         self._replays = Replays()
         self._eager = EagerForwards(model)
@@ -305,7 +309,8 @@ class Capture:
             touched |= now
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)
-                add_gradients(sums, [one for _, one in reached], place, examples, self._wanted, of_parameters)
+                uses_reached = [one for _, one in reached]
+                add_gradients(sums, uses_reached, place, examples, self._wanted, of_parameters, self._bases())
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]

@@ -7,7 +7,7 @@ from math import prod
 
 from .damping import Rule
 from .layers.layer import Layer
-from .layers.summed import GradientSquares
+from .layers.summed import EigenSquares, GradientSquares
 from .statistics import count_dtype, statistic_dtype
 
 _CUBIC = {"factored": 1, "exact": 9}
@@ -43,7 +43,7 @@ def inverse_bytes(layer: Layer, plan: Plan) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
     if isinstance(layer.gradient_sums, GradientSquares):
         numbers = prod(layer.layout.matrix_shape)
-    elif plan.rule == "exact":
+    elif _rule(layer, plan) == "exact":
         # The basis of a diagonal side is the identity, which is not held.
         kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
         numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
@@ -57,7 +57,7 @@ def refresh_flops(layer: Layer, plan: Plan) -> int:
     if isinstance(layer.gradient_sums, GradientSquares):
         return prod(layer.layout.matrix_shape)
     return sum(
-        prod(shape) * (_CUBIC[plan.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
+        prod(shape) * (_CUBIC[_rule(layer, plan)] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
     )
 
 
@@ -77,9 +77,17 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
     if layer.gradient_sums is None:
         return 2 * rows * (of_A + of_G)
     made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
+    if isinstance(layer.gradient_sums, EigenSquares):
+        # Both moments, both halves of the pairs in the other basis, and the squares.
+        return 4 * rows * (of_A + of_G) + made + 2 * count * numbers
     if isinstance(layer.gradient_sums, GradientSquares):
         return made + 2 * count * numbers
     return made + 2 * count * (layer.layout.d_out * of_A + layer.layout.d_in * of_G)
+
+
+def _rule(layer: Layer, plan: Plan) -> Rule:
+    """How the layer is decomposed: an eigenbasis whatever the rule, where it is kept in one."""
+    return "exact" if isinstance(layer.gradient_sums, EigenSquares) else plan.rule
 
 
 def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -9,8 +9,23 @@ from torch import Tensor
 from .damping import DampingNow
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
+from .layers.summed import IDENTITIES, Bases, EigenSquares
+from .linalg.ladder import Rung
 from .statistics import MovingAverage, Statistics, statistic_dtype
-from .structures import Block, DiagonalBlock, KroneckerBlock, averaged, damped_inverses_of, unread_inverses_of
+from .structures import (
+    Block,
+    EigenBlock,
+    KroneckerBlock,
+    Trained,
+    averaged,
+    damped_inverse,
+    damped_inverses_of,
+    near,
+    refreshed,
+    scaling_sides,
+    stepped,
+    unread_inverses_of,
+)
 
 
 class Factors:
@@ -34,6 +49,13 @@ class Factors:
         self.inverses: dict[str, Block] = dict(inverses or {})
         # What the last refresh left out it is not to be repeated for.
         self._unused = set(average.ready) - self.inverses.keys() if self.inverses else set()
+        #: The bases that layers in 'ekfac' are in, those of their inverses.
+        self.bases: dict[str, Bases] = {
+            name: (inverse.basis_A, inverse.basis_G)
+            for name, inverse in self.inverses.items()
+            if isinstance(inverse, EigenBlock) and isinstance(layers[name].gradient_sums, EigenSquares)
+        }
+        self._moved = False
 
     @classmethod
     def empty(cls, layers: Mapping[str, Layer], weights: tuple[float, ...], *, patience: int) -> Factors:
@@ -61,11 +83,13 @@ class Factors:
         """Bring one capture into the averages."""
         self.health.add(flags)
         self.average.update(statistics, decay=decay)
+        self._moved = True
 
-    def blocks(self, names: Iterable[str] | None = None) -> dict[str, KroneckerBlock | DiagonalBlock]:
+    def blocks(self, names: Iterable[str] | None = None) -> dict[str, Trained]:
         """The averages as blocks; of these layers, or of all that have any."""
         names = self.ready if names is None else names
-        return {name: averaged(self.layers[name], *self.average.factors(name)) for name in names}
+        bases = {name: self.bases.get(name, IDENTITIES) for name in names}
+        return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
     def refresh(self, damping: DampingNow, *, only: Container[str] | None = None) -> None:
         """Invert averages anew; nothing where none is usable yet.
@@ -82,13 +106,14 @@ class Factors:
             return
         self._unused = self.average.unused()
         usable = [name for name in self.ready if name not in self._unused]
-        due = set(usable).difference(() if only is None else self.inverses.keys() - self.health.kept)
-        due.update(name for name in usable if only is None or name in only)
-        blocks = self.blocks([name for name in usable if name in due])
+        again = self.health.unsettled | (set(usable) - self.inverses.keys())
+        due = [name for name in usable if only is None or name in only or name in again]
+        turned = self._turn(due)
+        blocks = self.blocks(due)
         inverses, rungs = damped_inverses_of(
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
-        self.health.climbed(rungs)
+        self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
         self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
 
     def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
@@ -96,19 +121,67 @@ class Factors:
 
         The next ``refresh`` reads which did.
         """
-        blocks = self.blocks([name for name in names if name in self.inverses])
-        if not blocks:
+        due = [name for name in names if name in self.inverses]
+        if not due:
             return
+        self.health.noted("unsettled", self._step(due))
+        blocks = self.blocks(due)
         inverses, failed = unread_inverses_of(
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
-        self.health.replaced(failed)
+        self.health.noted("unsettled", failed)
         self.inverses |= inverses
 
-    def _dampings(self, blocks: Mapping[str, KroneckerBlock | DiagonalBlock], damping: DampingNow) -> dict[str, Tensor]:
+    def rescale(self, damping: DampingNow) -> None:
+        """After a capture the inverses in 'ekfac' anew, in the bases that they are in; nothing is read."""
+        if self._moved:
+            blocks = self.blocks([name for name in self.bases if name in self.inverses])
+            for name, added in self._dampings(blocks, damping).items():
+                block = blocks[name]
+                assert isinstance(block, EigenBlock)
+                self.inverses[name], _ = damped_inverse(block, added)
+        self._moved = False
+
+    def _dampings(self, blocks: Mapping[str, Trained], damping: DampingNow) -> dict[str, Tensor]:
         return {
-            name: damping.of(name, *block.sides, own=self.layers[name].rule.damping) for name, block in blocks.items()
+            name: damping.of(name, *scaling_sides(block), own=self.layers[name].rule.damping)
+            for name, block in blocks.items()
         }
+
+    def _turn(self, names: Iterable[str]) -> dict[str, Rung]:
+        """Bring those of these layers that are in 'ekfac' to the bases of their factors as they are now."""
+        anew, followed, rungs = refreshed(self._factors_of_bases(names), self.bases)
+        for name, ((values_A, basis_A), (values_G, basis_G)) in anew.items():
+            self._turn_to(name, (basis_A, basis_G), (values_A, values_G))
+        for name, bases in followed.items():
+            self._turn_to(name, bases)
+        return rungs
+
+    def _step(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Bring them one step nearer, on the step path; which of them are too far for that, 0-d bool."""
+        far = {}
+        for name, block in self._factors_of_bases(names).items():
+            far[name] = ~near(block, self.bases[name])
+            self._turn_to(name, stepped(block, self.bases[name]))
+        return far
+
+    def _factors_of_bases(self, names: Iterable[str]) -> dict[str, KroneckerBlock]:
+        """The factors that bases are made of, of those layers that are in one."""
+        layers = {name: layer for name in names if isinstance((layer := self.layers[name]).gradient_sums, EigenSquares)}
+        return {
+            name: KroneckerBlock(layer.layout, *layer.factors(*self.average.factors(name)), name=name)
+            for name, layer in layers.items()
+        }
+
+    def _turn_to(self, name: str, bases: Bases, values: tuple[Tensor, Tensor] | None = None) -> None:
+        """Go on in other bases, with what was averaged in those before; the first ones come with their eigenvalues."""
+        layer, G = self.layers[name], self.average.G[name]
+        assert isinstance(layer.gradient_sums, EigenSquares)
+        if name in self.bases:
+            self.average.G[name] = layer.gradient_sums.turned(G, self.bases[name], bases, layer.layout)
+        elif values is not None:
+            self.average.G[name] = layer.gradient_sums.started(G, values, layer.layout)
+        self.bases[name] = bases
 
     def inverse_of(self, name: str, like: Tensor) -> Block | None:
         """The layer's inverse, where its gradient is and in the dtype of its statistics; None where there is none."""

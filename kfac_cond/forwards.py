@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .layers.sharing import (
     pooled_inputs,
     reduced_input_moment,
 )
+from .layers.summed import IDENTITIES, Bases
 from .statistics import LayerSums, statistic_dtype
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -136,7 +138,7 @@ class Forward:
 
 def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool) -> tuple[Tensor, Tensor]:
     """What one call adds to the inputs of an entry, and to their count."""
-    if moments and layer.gradient_sums is not None:
+    if moments and not layer.sums_inputs:
         zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
         present = torch.full_like(zero, min(use.numbers, 1))
         return zero, present if use.keep is None else present * use.keep.any()
@@ -178,6 +180,7 @@ def add_gradients(
     examples: int,
     wanted: Wanted | None = None,
     of_parameters: Iterable[tuple[Layer, Tensor]] = (),
+    bases: Mapping[str, Bases] = MappingProxyType({}),
 ) -> None:
     """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted.
 
@@ -189,6 +192,7 @@ def add_gradients(
         wanted: what is asked for where it is not A and G of every layer.
         of_parameters: layers in the universal form, with gradients [n, *shape of the parameter] that are squared one by
             one.
+        bases: those in use, of layers that are kept in one.
     """
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -220,13 +224,15 @@ def add_gradients(
         _accumulate(sums, layer, layer.gradient_moment(total), place)
     for layer, pairs in own.values():
         assert layer.gradient_sums is not None
-        moment = layer.gradient_sums.of_pairs(*_joined(pairs), layer.layout, layer.max_factor_dim)
+        given = layer.layout, layer.max_factor_dim, bases.get(layer.name, IDENTITIES)
+        moment = layer.gradient_sums.of_pairs(*_joined(pairs), *given)
         _accumulate(sums, layer, moment, place)
     for layer, gradients in of_parameters:
         assert layer.gradient_sums is not None
         D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
         if wanted is None or layer.name in wanted.moments:
-            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim)
+            given = layer.layout, layer.max_factor_dim, bases.get(layer.name, IDENTITIES)
+            moment = layer.gradient_sums.of_gradients(D, *given)
             _accumulate(sums, layer, moment, place)
         else:
             _accumulate(sums, layer, D.sum(), place)

@@ -72,8 +72,9 @@ class Health:
         self.skipped_captures = 0
         self.barren_intervals = 0
         self.started = False
-        #: Layers that, since the last read but one, were to be refreshed at a step of their own and kept what they had.
-        self.kept: set[str] = set()
+        #: Layers that at the last read were found to want another refresh: at a step of their own it failed, or was not
+        #: enough.
+        self.unsettled: set[str] = set()
         self._warned = False
         self._named: set[tuple[str, Rung]] = set()
         self._unread = Flags()
@@ -82,10 +83,10 @@ class Health:
         """Take in the flags of the captures that a step took; nothing is read."""
         self._unread.add(flags)
 
-    def replaced(self, failed: Mapping[str, Tensor]) -> None:
-        """Take in which factorisations failed at a step of their own, 0-d bool by layer; nothing is read."""
-        for name, flag in failed.items():
-            self._unread.count(f"kept {name}", flag)
+    def noted(self, what: str, flags: Mapping[str, Tensor]) -> None:
+        """Take in what was found of layers on the step path, 0-d bool by layer; nothing is read."""
+        for name, flag in flags.items():
+            self._unread.count(f"{what} {name}", flag)
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
         """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""
@@ -134,9 +135,9 @@ class Health:
         unread, self._unread = self._unread, Flags()
         captures, counts = unread.captures, unread.read()
         if counts is None:
-            self.started, self.kept = True, set()
+            self.started, self.unsettled = True, set()
             return True
-        self.kept = {name for name in self.failures if counts[f"kept {name}"]}
+        self.unsettled = {name for name in self.failures if counts[f"unsettled {name}"]}
         if not captures:
             return self.started
         bad = counts["captures"]

@@ -29,6 +29,7 @@ from .heads import (
 from .health import Flags
 from .hooks import Owner
 from .layers.layer import Layer
+from .layers.summed import Bases
 from .likelihoods import Product
 from .listening import Listener
 from .statistics import Statistics
@@ -47,6 +48,7 @@ class Intake:
         due: whether outputs heard of at this moment are captured.
         forward_due: the same, asked at a forward.
         step: the count of steps, for the draws.
+        bases: those in use, of layers that are kept in one.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Intake:
         due: Callable[[], bool],
         forward_due: Callable[[], bool],
         step: Callable[[], int],
+        bases: Callable[[], Mapping[str, Bases]],
     ) -> None:
         self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
@@ -72,6 +75,7 @@ class Intake:
         self._due = due
         self._forward_due = forward_due
         self._step = step
+        self._bases = bases
         self._capture: Capture | None = None
         self._heard_alone = False
         self._named_missing = False
@@ -115,6 +119,7 @@ class Intake:
             owner=self._owner,
             positions=self._data.pick_positions,
             heard=self.listener.root,
+            bases=self._bases,
         )
         self._capture.install()
 

@@ -54,8 +54,9 @@ class KFAC:
         damping: lambda of F + lambda I, a number, a callable of the step, or ``kc.Damping``.
         schedule: what is done at which step; default ``Schedule()``.
         structure: what a layer's block is kept as: 'kfac'; 'tkfac', whose factors are the two partial traces of the
-            block with an example's positions summed first; or 'diagonal'. The latter two read a layer's inputs again
-            once scores come back, and leave the outer products of single positions out.
+            block with an example's positions summed first; 'ekfac', whose eigenvalues are averages of squared weight
+            gradients in the eigenbasis of the factors; or 'diagonal'. All but 'kfac' read a layer's inputs again once
+            scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
             max_factor_dim=)}.
         trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
@@ -113,6 +114,7 @@ class KFAC:
             due=self._due,
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
+            bases=lambda: self._factors.bases,
         )
         self._intake.watch(self.layers)
         self._factors = Factors.empty(self.layers, self._intake.slots.weights, patience=self.schedule.patience)
@@ -161,7 +163,7 @@ class KFAC:
             "kfac/damping": self.damping.at(self._clock.at_most),
             "kfac/skipped_captures": self._factors.health.skipped_captures,
             "kfac/failed_layers": sum(count > 0 for count in self._factors.health.failures.values()),
-            "kfac/kept_inverses": len(self._factors.health.kept),
+            "kfac/unsettled_layers": len(self._factors.health.unsettled),
             "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
         }
         if self._scale is not None:

@@ -46,5 +46,6 @@ class Refreshes:
         due = clock.inverses_due()
         if due or factors.waiting:
             factors.refresh(damping, only=None if everything else ())
+        factors.rescale(damping)
         if not (first or (due and everything)):
             factors.refresh_unread(self._at.get(step % self._period, ()), damping)

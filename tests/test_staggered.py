@@ -209,9 +209,9 @@ def test_what_fails_keeps_its_inverse_and_is_read_once_a_period(kind, caplog):
                 assert not caplog.records
         if step == 6:
             # Tried again with all that a refresh may do.
-            assert kfac._factors.health.kept == {name}
+            assert kfac._factors.health.unsettled == {name}
             assert_same(inverse, inverse_by_formula(kfac, name))
-            assert kfac.metrics()["kfac/kept_inverses"] == 1
+            assert kfac.metrics()["kfac/unsettled_layers"] == 1
     assert kfac._factors.health.failures[name] == 0
 
 
@@ -257,7 +257,7 @@ def test_what_failed_and_was_not_read_survives_a_resume():
     again, _ = wrapped(copy.deepcopy(deep()), schedule=STAGGERED)
     again.load_state_dict(state)
     assert again._factors.health.read(first=False)
-    assert again._factors.health.kept == {name}
+    assert again._factors.health.unsettled == {name}
 
 
 def test_an_inverse_of_the_other_rule_serves_until_the_next_read():

@@ -16,7 +16,7 @@ from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import LayerRule, settings_of_rules
-from .summed import TRAINED
+from .summed import TRAINED, trained_sums
 from .universal import MIN_DRAWS, universal_layout
 
 Form = Literal["kronecker", "universal", "none"]
@@ -211,7 +211,7 @@ def _ruled(layer: Layer, rule: LayerRule, training: str | None) -> Layer:
                 f"rules: layer '{layer.name}' has structure={structure!r}, expected one of {', '.join(TRAINED)} for "
                 f"training: others are for kc.estimate(structure='mixed')"
             )
-        layer = replace(layer, gradient_sums=TRAINED[structure] or layer.gradient_sums)
+        layer = replace(layer, gradient_sums=trained_sums(structure, layer.gradient_sums, rule.sharing or "expand"))
     if not layer.modules and layer.layout.d_in == 1:
         # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.
         rule = replace(rule, max_factor_dim=1)

@@ -15,7 +15,7 @@ from ..linalg.sides import Side
 from .base import Block, Rule
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
-from .inverses import damped_values, product_values
+from .inverses import Trained, damped_inverse, damped_values, product_values
 from .kronecker import KroneckerBlock
 
 #: What an inverse of each type holds.
@@ -27,7 +27,7 @@ _HELD: dict[type[Block], tuple[str, ...]] = {
 
 
 def unread_inverses_of(
-    blocks: Mapping[str, KroneckerBlock | DiagonalBlock],
+    blocks: Mapping[str, Trained],
     dampings: Mapping[str, Tensor],
     *,
     rule: Rule,
@@ -47,8 +47,8 @@ def unread_inverses_of(
     products = {name: block for name, block in blocks.items() if isinstance(block, KroneckerBlock)}
     found, usable = (_factored if rule == "factored" else _exact)(products, dampings)
     for name, block in blocks.items():
-        if isinstance(block, DiagonalBlock):
-            found[name] = block.with_values(damped_values(block.values, 1, dampings[name])[0].reciprocal())
+        if not isinstance(block, KroneckerBlock):
+            found[name], _ = damped_inverse(block, dampings[name])
             usable[name] = torch.isfinite(block.values.sum())
     inverses, failed = {}, {}
     for name in blocks:
