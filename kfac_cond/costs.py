@@ -57,7 +57,8 @@ def refresh_flops(layer: Layer, plan: Plan) -> int:
     if isinstance(layer.gradient_sums, GradientSquares):
         return prod(layer.layout.matrix_shape)
     return sum(
-        prod(shape) * (_CUBIC[_rule(layer, plan)] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
+        prod(shape) * (_CUBIC[_rule(layer, plan)] * shape[-1] if _is_whole(layer, shape) else 1)
+        for shape in _sides(layer)
     )
 
 

@@ -224,15 +224,16 @@ def add_gradients(
         _accumulate(sums, layer, layer.gradient_moment(total), place)
     for layer, pairs in own.values():
         assert layer.gradient_sums is not None
-        given = layer.layout, layer.max_factor_dim, bases.get(layer.name, IDENTITIES)
-        moment = layer.gradient_sums.of_pairs(*_joined(pairs), *given)
+        a, g = _joined(pairs)
+        of = bases.get(layer.name, IDENTITIES)
+        moment = layer.gradient_sums.of_pairs(a, g, layer.layout, layer.max_factor_dim, of)
         _accumulate(sums, layer, moment, place)
     for layer, gradients in of_parameters:
         assert layer.gradient_sums is not None
         D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
         if wanted is None or layer.name in wanted.moments:
-            given = layer.layout, layer.max_factor_dim, bases.get(layer.name, IDENTITIES)
-            moment = layer.gradient_sums.of_gradients(D, *given)
+            of = bases.get(layer.name, IDENTITIES)
+            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim, of)
             _accumulate(sums, layer, moment, place)
         else:
             _accumulate(sums, layer, D.sum(), place)

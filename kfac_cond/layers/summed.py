@@ -51,9 +51,7 @@ class GradientSums(ABC):
         """The sum from pairs in the form of ``linalg.pairs``; ``bases`` are those in use."""
 
     @abstractmethod
-    def of_gradients(
-        self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES
-    ) -> Tensor:
+    def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:
         """The sum from the gradients themselves, [n, *matrix_shape]."""
 
 
@@ -78,9 +76,7 @@ class GradientMoments(GradientSums):
         R = output_moment_diagonal(a, g) if "G" in diagonal else output_moment(a, g)
         return torch.cat([C.flatten(), R.flatten()])
 
-    def of_gradients(
-        self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES
-    ) -> Tensor:
+    def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:
         """Both from gradients."""
         diagonal = layout.diagonal_sides(max_factor_dim)
         C, R = (
@@ -113,9 +109,7 @@ class GradientSquares(GradientSums):
         """It from pairs."""
         return squared_gradients(a, g)
 
-    def of_gradients(
-        self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES
-    ) -> Tensor:
+    def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:
         """It from gradients."""
         return V.square().sum(dim=0)
 
@@ -143,9 +137,7 @@ class OutputMoment(GradientSums):
         rows = g.sum(dim=-2) if self.sharing == "reduce" else rearrange(g, "... n s o -> ... (n s) o")
         return moment(rows).flatten()
 
-    def of_gradients(
-        self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES
-    ) -> Tensor:
+    def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:
         """Weight gradients do not tell it."""
         raise NotImplementedError("g g^T of positions is not a function of V")
 
@@ -179,9 +171,7 @@ class EigenSquares(GradientSums):
         squares = squared_gradients(rotated(a, of_A), rotated(g, of_G))
         return torch.cat([self.moments.of_pairs(a, g, layout, max_factor_dim), squares.flatten()])
 
-    def of_gradients(
-        self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES
-    ) -> Tensor:
+    def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:
         """Both from gradients."""
         of_A, of_G = _whole(bases, layout, V)
         squares = kronecker_matmul(of_G.mT, V, of_A).square().sum(dim=0)

@@ -21,7 +21,6 @@ from .diagonal import DiagonalBlock
 from .eigen import EigenBlock, side_of_basis
 from .kronecker import KroneckerBlock
 
-
 Trained = KroneckerBlock | EigenBlock | DiagonalBlock
 """What training keeps a layer in."""
 
