@@ -20,6 +20,7 @@ from .errors import (
     StateError,
 )
 from .estimate import estimate
+from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
@@ -90,6 +91,7 @@ __all__ = [
     "FromDistribution",
     "Gamma",
     "Gaussian",
+    "Graft",
     "Gram",
     "HeteroscedasticGaussian",
     "ImplicitBlock",

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import Call, OwnTensors, Replays, by_call, dense_gradient, ends_of
 from .errors import CaptureError
-from .forwards import Entry, Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
+from .forwards import Entry, Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, reached_uses
 from .functional import used_functionally
 from .guards import (
     EagerForwards,
@@ -29,8 +29,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
-from .layers.sharing import both, kept
-from .layers.summed import Bases
+from .layers.sharing import both, chosen, kept
 from .statistics import LayerSums
 
 logger = logging.getLogger("kfac_cond")
@@ -66,7 +65,7 @@ class Capture:
         positions: of (args, kwargs) of the model's call: a bool mask (B, T) of real positions, or None.
         heard: called with (args, kwargs, outputs) after each captured call of the model.
         wanted: what is asked for where it is not A and G of every layer.
-        bases: the bases in use, of layers that are kept in one.
+        run: what the training run gives that they are part of.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Capture:
         positions: Positions | None = None,
         heard: Heard | None = None,
         wanted: Wanted | None = None,
-        bases: Callable[[], Mapping[str, Bases]] = dict,
+        run: Run | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -94,7 +93,7 @@ class Capture:
         self._positions = positions
         self._heard = heard
         self._wanted = wanted
-        self._bases = bases
+        self._run = run or Run()
         self._handles: list[RemovableHandle] = []
         self._replays = Replays()
         self._eager = EagerForwards(model)
@@ -218,6 +217,10 @@ class Capture:
 
     def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
+        if layer.fraction < 1:
+            a = make()
+            generator = self._run.generator(a.device)
+            use.rows = chosen(a.shape[-3:-1], layer.fraction, generator=generator, device=a.device)
         forward.add(layer, use, make, self._wanted)
 
     def _layer(
@@ -310,7 +313,7 @@ class Capture:
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)
                 uses_reached = [one for _, one in reached]
-                add_gradients(sums, uses_reached, place, examples, self._wanted, of_parameters, self._bases())
+                add_gradients(sums, uses_reached, place, examples, self._wanted, of_parameters, self._run.bases())
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -19,8 +20,10 @@ from .layers.sharing import (
     joined,
     masked,
     one_example,
+    picked,
     pooled_inputs,
     reduced_input_moment,
+    sampled_input_moment,
 )
 from .layers.summed import IDENTITIES, Bases
 from .statistics import LayerSums, statistic_dtype
@@ -64,12 +67,26 @@ def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
     return dtype if wanted is None else torch.promote_types(dtype, wanted.dtype)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What captures take of the training run that they are part of.
+
+    Args:
+        bases: the bases in use, of layers that are kept in one.
+        generator: of a device, for choosing positions.
+    """
+
+    bases: Callable[[], Mapping[str, Bases]] = dict
+    generator: Callable[[torch.device], torch.Generator | None] = lambda device: None
+
+
 @dataclass
 class Use:
     """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a.
 
     ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up; ``numbers``
-    how many there are in what was returned, none where an expert was given no row.
+    how many there are in what was returned, none where an expert was given no row; ``rows`` the positions that factors
+    are made of, None for all.
     """
 
     call: Call
@@ -79,6 +96,7 @@ class Use:
     a: Callable[[], Tensor] | None = None
     batch: int = 0
     numbers: int = 1
+    rows: Tensor | None = None
 
     def of_each(self, examples: int) -> Use:
         """Of inputs that all examples share: as if each had looked them up, all of them as its positions."""
@@ -147,6 +165,8 @@ def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool
     if not moments:
         inputs = masked(a, use.keep).sum()
         return inputs, torch.ones_like(inputs)
+    if use.rows is not None:
+        return sampled_input_moment(a, use.keep, use.rows, bias=layer.ones, moment=layer.input_moment)
     if layer.sharing == "expand":
         return expanded_input_moment(a, use.keep, bias=layer.ones, moment=layer.input_moment)
     return pooled_inputs(a, use.keep)
@@ -208,6 +228,10 @@ def add_gradients(
             continue
         if not entry.moments:
             _accumulate(sums, layer, g.sum(), place)
+            continue
+        if use.rows is not None:
+            some = expanded_gradient_moment(picked(g, use.rows), layer.gradient_moment)
+            _accumulate(sums, layer, some * (prod(g.shape[-3:-1]) / len(use.rows)), place)
             continue
         if layer.sharing == "expand":
             _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)

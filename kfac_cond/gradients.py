@@ -46,7 +46,7 @@ def layer_update(
     whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()}
     matrix = layer.layout.to_matrix({name: gradient.to(inverse.dtype) for name, gradient in whole.items()})
     own = [rates[id(p)] for p in parameters.values() if id(p) in rates]
-    return LayerUpdate(matrix, inverse.matvec(matrix), _largest(own))
+    return LayerUpdate(matrix, inverse.matvec(matrix), _largest(own), layer.name)
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
@@ -61,12 +61,12 @@ def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
 
 def trust_region_scale(
     trust_region: TrustRegion, updates: Mapping[str, LayerUpdate], grad_scale: Tensor | None
-) -> Tensor:
-    """The factor that the trust region gives for gradients with the gradient scaler's factor taken out."""
+) -> Tensor | Sequence[Tensor]:
+    """The factors that the trust region gives for gradients with the gradient scaler's factor taken out."""
     seen = list(updates.values())
     if grad_scale is not None:
         inverse = grad_scale.reciprocal()
-        seen = [LayerUpdate(u.gradient * inverse, u.update * inverse, u.rate) for u in seen]
+        seen = [LayerUpdate(u.gradient * inverse, u.update * inverse, u.rate, u.name) for u in seen]
     return trust_region.scale(seen)
 
 
@@ -74,11 +74,12 @@ def write(
     layers: Mapping[str, Layer],
     gradients: Mapping[str, dict[str, Tensor]],
     updates: Mapping[str, LayerUpdate],
-    scale: Tensor | None,
+    scale: Tensor | Sequence[Tensor] | None,
 ) -> None:
-    """Write the updates, times ``scale``, into the gradients they were computed from."""
-    for name, update in updates.items():
-        matrix = update.update if scale is None else update.update * scale.to(update.update)
+    """Write the updates, times ``scale`` or each times its own, into the gradients they were computed from."""
+    scales = [scale] * len(updates) if scale is None or isinstance(scale, Tensor) else scale
+    for (name, update), one in zip(updates.items(), scales, strict=True):
+        matrix = update.update if one is None else update.update * one.to(update.update)
         new = layers[name].layout.from_matrix(matrix)
         for key, gradient in gradients[name].items():
             gradient.copy_(new[key])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .capture import Capture
 from .checks import check_update
 from .data import Data
-from .draws import Draws
+from .draws import POSITIONS, Draws
 from .errors import AttachError, CaptureError, LikelihoodError
+from .forwards import Run
 from .gathering import gathered
 from .heads import (
     Distribution,
@@ -119,7 +120,7 @@ class Intake:
             owner=self._owner,
             positions=self._data.pick_positions,
             heard=self.listener.root,
-            bases=self._bases,
+            run=Run(self._bases, self._for_positions),
         )
         self._capture.install()
 
@@ -252,7 +253,7 @@ class Intake:
         if not self.explicit:
             # Labels drawn for what was heard on its own are let go with it, and the stream of this step starts anew: a
             # resumed run, which hears its first forward as well, then draws what the uninterrupted one does.
-            self.draws = Draws(self.draws.seed)
+            self.draws.restart()
         if not (self._replace_heard(heads, drawn) or self._send(heads, drawn)):
             shapes = ", ".join(str(tuple(head.outputs.shape)) for head in heads)
             raise CaptureError(
@@ -260,6 +261,10 @@ class Intake:
                 f"{shapes}): pass the tensor that the model returned, with gradients enabled, once for "
                 f"each forward."
             )
+
+    def _for_positions(self, device: torch.device) -> torch.Generator | None:
+        """The stream of this step that positions are chosen by."""
+        return self.draws.generators(step=self._step(), count=1, device=device, head=POSITIONS)[0]
 
     def _replace_heard(self, heads: Sequence[Head], drawn: Sequence[Mapping[str, Tensor]] | None) -> bool:
         """Gather from a forward that was heard on its own before; all that was heard so far is let go."""

@@ -59,7 +59,7 @@ class KFAC:
             scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
             max_factor_dim=)}.
-        trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
+        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
     Raises:
@@ -104,7 +104,7 @@ class KFAC:
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
-        self._scale: Tensor | None = None
+        self._scale: Tensor | Sequence[Tensor] | None = None
         self._static_graph = StaticGraph(model)
         self._intake = Intake(
             model,
@@ -167,7 +167,8 @@ class KFAC:
             "kfac/plain_layers": len(self.layers) - len(self._factors.inverses),
         }
         if self._scale is not None:
-            metrics["kfac/trust_region_scale"] = self._scale
+            one = isinstance(self._scale, Tensor)
+            metrics["kfac/trust_region_scale"] = self._scale if one else torch.stack(list(self._scale)).mean()
         return metrics
 
     def fisher(self) -> Fisher:
@@ -257,7 +258,7 @@ class KFAC:
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
             )
-        if self.trust_region is not None and lr is None:
+        if getattr(self.trust_region, "needs_rate", self.trust_region is not None) and lr is None:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
         rate = 1.0 if lr is None else lr
         rates = {id(p): rate for layer in self.layers.values() for p in layer.parameters.values()}
@@ -302,6 +303,7 @@ class KFAC:
             slots=self._intake.slots,
             step=self.step,
             functional=self._wrapped.functional,
+            trust_region=self.trust_region,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -316,6 +318,7 @@ class KFAC:
         self._watch(self._wrapped.look_again(functional))
         self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
         self._clock = Clock(self.schedule, loaded.step)
+        state.load_trust_region(saved, self.trust_region)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
 
@@ -400,5 +403,6 @@ class KFAC:
                 self._intake.name_missing()
         elif self._factors_due():
             self._intake.refuse_silence(allowed=bool(self._factors.ready))
-        self._refreshes.now(self._factors, self._clock, DampingNow(self.damping, self._clock.at_most))
+        damping = DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
+        self._refreshes.now(self._factors, self._clock, damping)
         self._clock.taken_in = True

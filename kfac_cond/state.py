@@ -19,6 +19,7 @@ from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+from .trust_region import TrustRegion
 
 FORMAT = "kfac_cond.KFAC"
 VERSION = 3
@@ -58,9 +59,12 @@ def save(
     slots: Slots,
     step: int,
     functional: Iterable[str],
+    trust_region: TrustRegion | None = None,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
+    between = getattr(trust_region, "state_dict", None)
     return {
+        **({} if between is None else {"trust_region": between()}),
         "format": FORMAT,
         "version": VERSION,
         "step": step,
@@ -80,6 +84,12 @@ def save(
             for name, layer in layers.items()
         },
     }
+
+
+def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None) -> None:
+    """Hand a trust region that has a state its own; one that is not in what was saved starts anew."""
+    if "trust_region" in saved and hasattr(trust_region, "load_state_dict"):
+        trust_region.load_state_dict(saved["trust_region"])
 
 
 def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:

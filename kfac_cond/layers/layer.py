@@ -48,6 +48,11 @@ class Layer:
         return self.rule.sharing or "expand" if self.sums_inputs else "expand"
 
     @property
+    def fraction(self) -> float:
+        """Share of the positions that its factors are made of."""
+        return 1.0 if self.rule.fraction is None else self.rule.fraction
+
+    @property
     def sums_inputs(self) -> bool:
         """Whether the outer products of its inputs are summed."""
         return self.gradient_sums is None or self.gradient_sums.sums_inputs
