@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-
 POSITIONS = 2**31
 """In the place of a head: the streams that positions are chosen by."""
 

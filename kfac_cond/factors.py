@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from .damping import DampingNow
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .layers.summed import IDENTITIES, Bases, EigenSquares
-from .linalg.ladder import Rung
+from .linalg.ladder import Rung, read_status
 from .statistics import MovingAverage, Statistics, statistic_dtype
 from .structures import (
     Block,
@@ -56,6 +57,9 @@ class Factors:
             if isinstance(inverse, EigenBlock) and isinstance(layers[name].gradient_sums, EigenSquares)
         }
         self._moved = False
+        self._refreshed: list[str] = []
+        #: The factors that inverses were made of, (A, G) with one head, where it is looked at how far they have moved.
+        self.references: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def empty(cls, layers: Mapping[str, Layer], weights: tuple[float, ...], *, patience: int) -> Factors:
@@ -113,6 +117,7 @@ class Factors:
         inverses, rungs = damped_inverses_of(
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
+        self._refreshed = due
         self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
         self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
 
@@ -131,6 +136,26 @@ class Factors:
         )
         self.health.noted("unsettled", failed)
         self.inverses |= inverses
+
+    def remember(self) -> None:
+        """Keep what the inverses that are new since the last call were made of."""
+        for name in self._refreshed:
+            A, G = self.average.factors(name)
+            self.references[name] = A, G.unsqueeze(0)
+        self._refreshed = []
+
+    def changed(self, share: float) -> set[str]:
+        """The layers whose factors have changed by more than a share of what their inverses were made of.
+
+        Read from the device in one transfer.
+        """
+        flags = {}
+        for name, (A, G) in self.references.items():
+            now = self.average.factors(name)
+            changes = [_relative_change(new, old.to(new)) for new, old in zip(now, (A, G[0]), strict=True)]
+            flags[name] = (torch.stack(changes) > share).any().reshape(1)
+        moved = read_status(list(flags.values()))
+        return {name for name, flag in zip(flags, moved, strict=True) if flag}
 
     def rescale(self, damping: DampingNow) -> None:
         """After a capture the inverses in 'ekfac' anew, in the bases that they are in; nothing is read."""
@@ -200,6 +225,7 @@ class Factors:
             {name: inverse for name, inverse in self.inverses.items() if name not in changed},
         )
         fresh._unused = self._unused - changed
+        fresh.references = {name: pair for name, pair in self.references.items() if name in fresh.inverses}
         return fresh
 
     def summary(self) -> list[str]:
@@ -209,6 +235,13 @@ class Factors:
             f"{self.health.skipped_captures} captures left out",
             *_waiting_for_draws(self.layers, self.inverses),
         ]
+
+
+def _relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """The norm of the difference over that of the old one; 0 of what is zero."""
+    scale = torch.linalg.vector_norm(old)
+    change: Tensor = torch.linalg.vector_norm(new - old) / torch.where(scale > 0, scale, 1)
+    return change
 
 
 def _waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:

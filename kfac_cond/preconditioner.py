@@ -297,6 +297,7 @@ class KFAC:
             self.layers,
             average=self._factors.average,
             inverses=self._factors.inverses,
+            references=self._factors.references,
             health=self._factors.health,
             gathered=self._intake.gathered,
             draws=self._intake.draws,
@@ -315,10 +316,11 @@ class KFAC:
         functional = state.functional_of(saved)
         layers = self._wrapped.now(functional).layers
         loaded = state.load(saved, layers, slots=self._intake.slots, patience=self.schedule.patience)
+        state.load_trust_region(saved, self.trust_region)
         self._watch(self._wrapped.look_again(functional))
         self._factors = Factors(self.layers, loaded.average, loaded.health, loaded.inverses)
+        self._factors.references = loaded.references
         self._clock = Clock(self.schedule, loaded.step)
-        state.load_trust_region(saved, self.trust_region)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
 
@@ -388,6 +390,7 @@ class KFAC:
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
+        damping = DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
         looked, captured = self._intake.looking, self._intake.take()
         if captured is not None:
             functional = self._intake.functional
@@ -403,6 +406,5 @@ class KFAC:
                 self._intake.name_missing()
         elif self._factors_due():
             self._intake.refuse_silence(allowed=bool(self._factors.ready))
-        damping = DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
         self._refreshes.now(self._factors, self._clock, damping)
         self._clock.taken_in = True

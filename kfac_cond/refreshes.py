@@ -24,7 +24,8 @@ class Refreshes:
 
     def __init__(self, schedule: Schedule, layers: Mapping[str, Layer], plan: Plan) -> None:
         self._schedule = schedule
-        self._of_all = not (schedule.stagger or isinstance(schedule.inverses, Adaptive))
+        self._change = schedule.inverses.change if isinstance(schedule.inverses, Adaptive) else None
+        self._of_all = not schedule.stagger and self._change is None
         self._period = schedule.inverses if is_whole(schedule.inverses) else 1
         self._at: dict[int, list[str]] = defaultdict(list)
         for name, step in schedule.offsets(
@@ -45,7 +46,10 @@ class Refreshes:
         everything = self._of_all or schedule.warming(step)
         due = clock.inverses_due()
         if due or factors.waiting:
-            factors.refresh(damping, only=None if everything else ())
+            only = () if self._change is None else factors.changed(self._change)
+            factors.refresh(damping, only=None if everything else only)
+            if self._change is not None:
+                factors.remember()
         factors.rescale(damping)
         if not (first or (due and everything)):
             factors.refresh_unread(self._at.get(step % self._period, ()), damping)

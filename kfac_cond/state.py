@@ -42,6 +42,7 @@ class Loaded:
 
     average: MovingAverage
     inverses: dict[str, Block]
+    references: dict[str, tuple[Tensor, Tensor]]
     health: Health
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
@@ -53,6 +54,7 @@ def save(
     *,
     average: MovingAverage,
     inverses: Mapping[str, Block],
+    references: Mapping[str, tuple[Tensor, Tensor]],
     health: Health,
     gathered: tuple[Statistics, Flags] | None,
     draws: Draws,
@@ -80,6 +82,7 @@ def save(
                 "parameters": list(layer.layout.names),
                 "average": average.layer_state(name),
                 "inverse": _inverse_state(inverses.get(name)),
+                **({"reference": dict(zip("AG", references[name], strict=True))} if name in references else {}),
             }
             for name, layer in layers.items()
         },
@@ -88,8 +91,9 @@ def save(
 
 def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None) -> None:
     """Hand a trust region that has a state its own; one that is not in what was saved starts anew."""
-    if "trust_region" in saved and hasattr(trust_region, "load_state_dict"):
-        trust_region.load_state_dict(saved["trust_region"])
+    load = getattr(trust_region, "load_state_dict", None)
+    if load is not None and "trust_region" in saved:
+        load(saved["trust_region"])
 
 
 def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
@@ -112,11 +116,15 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
     _check_heads(saved, slots)
     average = MovingAverage(layers, slots.weights, draws_needed(layers))
     inverses: dict[str, Block] = {}
+    references: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
         entry = _layer_entry(name, layer, saved["layers"][name])
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = _loaded_inverse(name, layer, entry["inverse"])
+        if "reference" in entry:
+            placed = _placed(name, layer, entry["reference"], Slots())
+            references[name] = placed["A"], placed["G"]
     health = Health(layers, patience=patience)
     try:
         health.load_state(saved["health"])
@@ -125,7 +133,7 @@ def load(saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots,
         gathered = None if saved["gathered"] is None else _loaded_gathered(layers, saved["gathered"], slots)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(average, inverses, health, gathered, draws, step)
+    return Loaded(average, inverses, references, health, gathered, draws, step)
 
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:

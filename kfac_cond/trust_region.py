@@ -33,8 +33,8 @@ class LayerUpdate:
 class TrustRegion(Protocol):
     """Anything that turns the updates of one step into factors on the device, without a host sync.
 
-    One with a state between steps has ``state_dict`` and ``load_state_dict`` as well, and is saved with the KFAC; one that
-    does not look at learning rates says so with ``needs_rate = False``.
+    One with a state between steps has ``state_dict`` and ``load_state_dict`` as well, and is saved with the KFAC; one
+    that does not look at learning rates says so with ``needs_rate = False``.
     """
 
     def scale(self, updates: Sequence[LayerUpdate]) -> Tensor | Sequence[Tensor]:

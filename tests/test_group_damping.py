@@ -41,7 +41,7 @@ def inverses(model: nn.Module, groups: list[dict], **settings) -> tuple[kc.KFAC,
         ({"w0": 0.5, "b0": 0.5}, {}, {"0": 0.5, "2": 0.1}),
         ({"w0": 0.5}, {}, {"0": 0.5, "2": 0.1}),
         ({"w0": 0.5, "w2": 0.3}, {"0": {"damping": 0.7}}, {"0": 0.7, "2": 0.3}),
-        ({"w0": None, "w2": 0.0}, {}, {"0": 0.1, "2": 0.0}),
+        ({"w0": None, "w2": 0.2}, {}, {"0": 0.1, "2": 0.2}),
     ],
 )
 def test_a_rule_goes_before_a_group_and_that_before_the_damping_of_all(dampings, rules, expected):

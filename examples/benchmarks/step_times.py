@@ -32,8 +32,8 @@ def stepper(model: nn.Module, schedule: kc.Schedule | None, device: str) -> Call
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.01)
     if schedule is not None:
         kc.KFAC(model, criterion, damping=0.1, schedule=schedule, data=kc.Data(seed=0)).attach(optimizer)
-    inputs = torch.randn(256, 64, device=device)
-    labels = torch.randint(10, (256,), device=device)
+    inputs = torch.randn(128, 64, device=device)
+    labels = torch.randint(10, (128,), device=device)
 
     def step() -> float:
         start = time.perf_counter()
@@ -50,9 +50,9 @@ def stepper(model: nn.Module, schedule: kc.Schedule | None, device: str) -> Call
 def main() -> None:
     """Print a line for each way."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     torch.manual_seed(0)
