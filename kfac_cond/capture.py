@@ -29,7 +29,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
-from .layers.sharing import both, chosen, kept
+from .layers.sharing import both, kept
 from .statistics import LayerSums
 
 logger = logging.getLogger("kfac_cond")
@@ -218,9 +218,7 @@ class Capture:
     def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
         if layer.fraction < 1:
-            a = make()
-            generator = self._run.generator(a.device)
-            use.rows = chosen(a.shape[-3:-1], layer.fraction, generator=generator, device=a.device)
+            use.rows = self._run.rows(layer, make())
         forward.add(layer, use, make, self._wanted)
 
     def _layer(

@@ -15,6 +15,7 @@ from .calls import Call
 from .errors import CaptureError
 from .layers.layer import Layer
 from .layers.sharing import (
+    chosen,
     expanded_gradient_moment,
     expanded_input_moment,
     joined,
@@ -78,6 +79,10 @@ class Run:
 
     bases: Callable[[], Mapping[str, Bases]] = dict
     generator: Callable[[torch.device], torch.Generator | None] = lambda device: None
+
+    def rows(self, layer: Layer, a: Tensor) -> Tensor:
+        """The positions that factors are made of in one call of a layer with such activations."""
+        return chosen(a.shape[-3:-1], layer.fraction, generator=self.generator(a.device), device=a.device)
 
 
 @dataclass

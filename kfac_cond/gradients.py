@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,28 @@ def layer_update(
     matrix = layer.layout.to_matrix({name: gradient.to(inverse.dtype) for name, gradient in whole.items()})
     own = [rates[id(p)] for p in parameters.values() if id(p) in rates]
     return LayerUpdate(matrix, inverse.matvec(matrix), _largest(own), layer.name)
+
+
+def layer_updates(
+    layers: Mapping[str, Layer],
+    gradients: Mapping[str, Mapping[str, Tensor]],
+    inverse_of: Callable[[str, Tensor], Block | None],
+    rates: Mapping[int, float | Tensor],
+) -> dict[str, LayerUpdate]:
+    """The preconditioned gradients of the layers that have an inverse; nothing is written.
+
+    Args:
+        layers: by name.
+        gradients: by layer what ``gradients_of`` gives, at least one each.
+        inverse_of: of a layer's name and one of its gradients, for where it is and its dtype.
+        rates: learning rates by the parameter's identity.
+    """
+    updates = {}
+    for name, found in gradients.items():
+        inverse = inverse_of(name, next(iter(found.values())))
+        if inverse is not None:
+            updates[name] = layer_update(layers[name], found, inverse, rates)
+    return updates
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:

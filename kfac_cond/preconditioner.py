@@ -20,7 +20,7 @@ from .data import Data
 from .distributed import StaticGraph, of_any_rank, ranks, summed
 from .errors import ArgumentError, AttachError, NotReadyError
 from .factors import Factors
-from .gradients import gradients_of, layer_update, trust_region_scale, write
+from .gradients import gradients_of, layer_updates, trust_region_scale, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
@@ -29,7 +29,7 @@ from .layers.summed import TRAINED
 from .refreshes import Refreshes
 from .schedules import Clock, Schedule
 from .structures import Fisher
-from .trust_region import LayerUpdate, TrustRegion, as_trust_region
+from .trust_region import TrustRegion, as_trust_region
 from .wrapping import Wrapped, refuse_wrapped
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -360,23 +360,12 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            updates = self._updates(gradients, rates)
+            updates = layer_updates(self.layers, gradients, self._factors.inverse_of, rates)
             scale = None
             if updates and self.trust_region is not None:
                 scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
             write(self.layers, gradients, updates, scale)
         return True
-
-    def _updates(
-        self, gradients: Mapping[str, dict[str, Tensor]], rates: Mapping[int, float | Tensor]
-    ) -> dict[str, LayerUpdate]:
-        """The preconditioned gradients of the layers that have an inverse; nothing is written."""
-        updates = {}
-        for name, found in gradients.items():
-            inverse = self._factors.inverse_of(name, next(iter(found.values())))
-            if inverse is not None:
-                updates[name] = layer_update(self.layers[name], found, inverse, rates)
-        return updates
 
     def advance(self, skipped: Tensor | None) -> None:
         """Count one step; ``skipped`` is a flag on the device that takes it back."""
