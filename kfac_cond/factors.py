@@ -118,8 +118,9 @@ class Factors:
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
         self._refreshed = due
-        self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
+        # Before what failed may stop the run: the averages are in the bases of these.
         self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
+        self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
 
     def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
         """Invert those of these averages that were inverted before, on the step path: what fails stays as it was.

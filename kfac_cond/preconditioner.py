@@ -58,7 +58,7 @@ class KFAC:
             gradients in the eigenbasis of the factors; or 'diagonal'. All but 'kfac' read a layer's inputs again once
             scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
-            max_factor_dim=)}.
+            max_factor_dim=, fraction=)}.
         trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 

@@ -191,6 +191,21 @@ def branching_steps(functional: list[bool], rows: list[slice]) -> kc.KFAC:
     return kfac
 
 
+def corrected_steps(*shards: slice, stagger: bool = False) -> kc.KFAC:
+    """Steps in eigenbases that turn meanwhile, each of one micro-batch for each of the slices."""
+    model = network()
+    schedule = kc.Schedule(factors=1, inverses=2, decay=0.5, stagger=stagger)
+    kfac = kc.KFAC(model, "categorical", structure="ekfac", schedule=schedule)
+    for _ in range(5):
+        for part in shards:
+            x, _, drawn = (one[part] for one in batches())
+            outputs = model(x)
+            kfac.update(outputs, draws=drawn)
+            (0.0 * outputs.sum()).backward()
+        kfac.precondition()
+    return kfac
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -207,6 +222,8 @@ def worker(rank: int, folder: str) -> None:
     found["diagonal"] = factors(diagonal_step(SHARDS[rank]))
     found["universal"] = factors(universal_step(SHARDS[rank]))
     found["branching"] = dense(branching_steps([rank == 1], [SHARDS[rank]]))
+    for stagger in (False, True):
+        found["corrected", stagger] = dense(corrected_steps(SHARDS[rank], stagger=stagger))
     found["ddp"] = {str(captured): gradients_under_ddp(rank, captured=captured) for captured in (True, False)}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
@@ -279,6 +296,14 @@ def test_a_weight_that_one_rank_uses_without_a_call_is_universal_on_all(results,
     assert list(results[rank]["branching"]) == ["layer.weight", "layer.bias", "norm", "head"] == list(expected)
     for name, block in results[rank]["branching"].items():
         assert_same(block, expected[name])
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_eigenbases_turn_together(results, rank, stagger):
+    expected = dense(corrected_steps(*SHARDS, stagger=stagger))
+    for name, block in results[rank]["corrected", stagger].items():
+        assert_same(block, expected[name], tolerance=1e-8)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

@@ -260,3 +260,16 @@ def test_followed_bases_end_where_decomposed_ones_do():
         _, A, G = name, *kfac._factors._factors_of_bases([name])[name].sides
         assert off_diagonal_share(A, block.basis_A) < 1e-6
         assert off_diagonal_share(G, block.basis_G) < 1e-6
+
+
+def test_positions_may_be_averaged_first():
+    of = case("tokens", "categorical")
+    wrapped, rules = copy.deepcopy(of.model), {"*": {"sharing": "reduce"}}
+    schedule = kc.Schedule(factors=1, inverses=1, decay=0.0)
+    kfac = kc.KFAC(wrapped, of.likelihood, structure="ekfac", rules=rules, schedule=schedule)
+    for _ in range(2):
+        step(kfac, wrapped, of.inputs, draws=of.draws)
+    options = kc.Options(draws=[of.draws])
+    expected = kc.estimate(of.model, [of.inputs], of.likelihood, structure="ekfac", rules=rules, options=options)
+    for name, block in kfac.fisher().items():
+        assert_same(block.to_dense(), expected[name].to_dense(), tolerance=1e-8)

@@ -18,7 +18,8 @@ class LayerRule:
     """What may be said of the layers that a pattern names; None leaves the default.
 
     Args:
-        structure: name of the block's storage; training takes 'kfac', ``estimate`` others as well.
+        structure: name of the block's storage; training takes 'kfac', 'ekfac', 'tkfac' and 'diagonal', ``estimate``
+            others as well.
         sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
         damping: this layer's damping in place of the preconditioner's.
         exclude: leave the layer's gradient as it is.

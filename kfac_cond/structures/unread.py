@@ -35,6 +35,8 @@ def unread_inverses_of(
 ) -> tuple[dict[str, Block], dict[str, Tensor]]:
     """(F + damping I)^-1 of each block without a look at whether it worked; one that failed is the previous one.
 
+    Of a block in a basis of its own nothing fails that its eigenvalues do not.
+
     The rule 'exact' waits for the device all the same, since eigh does.
 
     Args:
@@ -53,7 +55,10 @@ def unread_inverses_of(
     inverses, failed = {}, {}
     for name in blocks:
         old = previous[name]
-        if type(old) is not type(found[name]):
+        if isinstance(blocks[name], EigenBlock):
+            # Its basis was seen to, and what is averaged is in it.
+            inverses[name], failed[name] = found[name], ~usable[name]
+        elif type(old) is not type(found[name]):
             # Of another rule, as after a resume with another damping: it serves until all are looked at.
             inverses[name], failed[name] = old, torch.ones_like(usable[name])
         else:
