@@ -76,7 +76,7 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
     of_A, of_G = map(prod, _sides(layer))
     numbers = prod(layer.layout.matrix_shape)
     if layer.gradient_sums is None:
-        return 2 * rows * (of_A + of_G)
+        return 2 * round(rows * layer.fraction) * (of_A + of_G)
     made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
     if isinstance(layer.gradient_sums, EigenSquares):
         # Both moments, both halves of the pairs in the other basis, and the squares.

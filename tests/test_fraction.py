@@ -141,6 +141,12 @@ def test_it_saves_work():
     assert flops() - flops(rules={"0": {"fraction": 0.25}}) == 0.75 * 2 * rows * (d * d + d * d)
 
 
+def test_the_table_counts_the_work_that_is_left():
+    model, inputs = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 3)
+    whole, share = (kc.coverage(model, inputs, rules=rules) for rules in (None, {"*": {"fraction": 0.25}}))
+    assert share.capture_flops == whole.capture_flops / 4
+
+
 @pytest.mark.parametrize("at", [3, 4])
 def test_a_resumed_run_is_the_same_to_the_last_bit(at):
     data, criterion = batches(8), nn.CrossEntropyLoss()
