@@ -156,8 +156,8 @@ class KFAC:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
 
         ``unsettled_layers`` counts the layers whose refresh at a step of their own failed, or was not enough, as the
-        last read found; ``plain_layers`` those whose gradients are left as they are: those that were not used so far, or on
-        no position, and those that wait for more draws.
+        last read found; ``plain_layers`` those whose gradients are left as they are: not used so far, or on no
+        position, or waiting for more draws.
         """
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
