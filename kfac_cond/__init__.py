@@ -23,6 +23,7 @@ from .errors import (
     StateError,
 )
 from .estimate import estimate
+from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
@@ -48,7 +49,7 @@ from .likelihoods import (
 )
 from .options import Options, Structure
 from .preconditioner import KFAC
-from .schedules import Schedule
+from .schedules import Adaptive, Schedule
 from .structures import (
     Block,
     DenseBlock,
@@ -73,6 +74,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "KFAC",
+    "Adaptive",
     "ArgumentError",
     "AttachError",
     "Bernoulli",
@@ -92,6 +94,7 @@ __all__ = [
     "FromDistribution",
     "Gamma",
     "Gaussian",
+    "Graft",
     "Gram",
     "HeteroscedasticGaussian",
     "ImplicitBlock",

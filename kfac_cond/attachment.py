@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .errors import AttachError
+from .checks import is_damping
+from .errors import ArgumentError, AttachError
 from .hooks import Hook, in_backward
 from .layers.layer import Layer
 
@@ -87,6 +88,7 @@ class Attachments:
         found = [_unwrapped(optimizer) for optimizer in optimizers]
         for optimizer in found:
             self._check(optimizer)
+            list(_damped_parameters(optimizer))
         for optimizer in found:
             if optimizer not in self._attached:
                 self._attached[optimizer] = _Attached(
@@ -118,6 +120,25 @@ class Attachments:
             whole = len(flags) == len(self._skipped)
             self._stepper.advance(torch.stack([flag.to(flags[0].device) for flag in flags]).all() if whole else None)
         self.new_round()
+
+    def dampings(self) -> dict[str, float]:
+        """What the parameter groups of the optimizers say of layers' damping; read anew, since schedulers change it.
+
+        Raises:
+            ArgumentError: two groups that hold parts of one layer say different things, or no damping.
+        """
+        said = {id(p): given for optimizer in self._attached for given, p in _damped_parameters(optimizer)}
+        found: dict[str, float] = {}
+        for name, layer in self._stepper.layers.items() if said else ():
+            own = {path: said[id(p)] for path, p in layer.parameters.items() if id(p) in said}
+            if len(set(own.values())) > 1:
+                raise ArgumentError(
+                    f"layer '{name}' is in parameter groups of several dampings, {own}: a layer has one. Put its "
+                    f"parameters in groups that agree, or give it its own, rules={{'{name}': dict(damping=...)}}"
+                )
+            if own:
+                found[name] = next(iter(own.values()))
+        return found
 
     def _check(self, optimizer: Optimizer) -> None:
         parameters = {name: p for layer in self._stepper.layers.values() for name, p in layer.parameters.items()}
@@ -201,6 +222,21 @@ def _rates(optimizers: Iterable[Optimizer]) -> dict[int, float | Tensor]:
         for group in optimizer.param_groups
         for p in group["params"]
     }
+
+
+def _damped_parameters(optimizer: Optimizer) -> Iterable[tuple[float, Tensor]]:
+    """The parameters of groups that have a damping, with it."""
+    for index, group in enumerate(optimizer.param_groups):
+        given = group.get("damping")
+        if given is None:
+            continue
+        if not is_damping(given):
+            raise ArgumentError(
+                f"parameter group {index} of {type(optimizer).__name__} has damping={given!r}: expected a finite "
+                f"number >= 0, or None"
+            )
+        for p in group["params"]:
+            yield float(given), p
 
 
 def _unwrapped(optimizer: object) -> Optimizer:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from .backwards import Backwards
 from .calls import Call, OwnTensors, Replays, by_call, ends_of
 from .errors import CaptureError
-from .forwards import Forward, Place, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
+from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
 from .guards import EagerForwards, without_autocast
 from .heads import Sent
@@ -50,6 +50,7 @@ class Capture:
         positions: of (args, kwargs) of the model's call: a bool mask (B, T) of real positions, or None.
         heard: called with (args, kwargs, outputs) after each captured call of the model.
         wanted: what is asked for where it is not A and G of every layer.
+        run: what the training run gives that they are part of.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Capture:
         positions: Positions | None = None,
         heard: Heard | None = None,
         wanted: Wanted | None = None,
+        run: Run | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -76,6 +78,7 @@ class Capture:
         self._positions = positions
         self._heard = heard
         self._wanted = wanted
+        self._run = run or Run()
         self._handles: list[RemovableHandle] = []
         self._replays = Replays()
         self._eager = EagerForwards(model)
@@ -200,6 +203,8 @@ class Capture:
 
     def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
+        if layer.fraction < 1:
+            use.rows = self._run.rows(layer, make())
         forward.add(layer, use, make, self._wanted)
 
     def _layer(
@@ -289,9 +294,8 @@ class Capture:
             touched |= now
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)
-                add_gradients(
-                    sums, self._backwards.in_form(sent, reached, examples), place, examples, self._wanted, of_parameters
-                )
+                found_g = self._backwards.in_form(sent, reached, examples)
+                add_gradients(sums, found_g, place, examples, self._wanted, of_parameters, self._run.bases())
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]

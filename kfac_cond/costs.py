@@ -7,7 +7,7 @@ from math import prod
 
 from .damping import Rule
 from .layers.layer import Layer
-from .layers.summed import GradientSquares
+from .layers.summed import EigenSquares, GradientSquares
 from .statistics import count_dtype, statistic_dtype
 
 _CUBIC = {"factored": 1, "exact": 9}
@@ -43,7 +43,7 @@ def inverse_bytes(layer: Layer, costing: Costing) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
     if isinstance(layer.gradient_sums, GradientSquares):
         numbers = prod(layer.layout.matrix_shape)
-    elif costing.rule == "exact":
+    elif _rule(layer, costing) == "exact":
         # The basis of a diagonal side is the identity, which is not held.
         kept = [shape for shape in _sides(layer) if _is_whole(layer, shape)]
         numbers = sum(map(prod, kept)) + prod(layer.layout.matrix_shape)
@@ -57,7 +57,8 @@ def refresh_flops(layer: Layer, costing: Costing) -> int:
     if isinstance(layer.gradient_sums, GradientSquares):
         return prod(layer.layout.matrix_shape)
     return sum(
-        prod(shape) * (_CUBIC[costing.rule] * shape[-1] if _is_whole(layer, shape) else 1) for shape in _sides(layer)
+        prod(shape) * (_CUBIC[_rule(layer, costing)] * shape[-1] if _is_whole(layer, shape) else 1)
+        for shape in _sides(layer)
     )
 
 
@@ -85,11 +86,19 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
     of_A, of_G = map(prod, _sides(layer))
     numbers = prod(layer.layout.matrix_shape)
     if layer.gradient_sums is None:
-        return 2 * rows * (of_A + of_G)
+        return 2 * round(rows * layer.fraction) * (of_A + of_G)
     made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
+    if isinstance(layer.gradient_sums, EigenSquares):
+        # Both moments, both halves of the pairs in the other basis, and the squares.
+        return 4 * rows * (of_A + of_G) + made + 2 * count * numbers
     if isinstance(layer.gradient_sums, GradientSquares):
         return made + 2 * count * numbers
     return made + 2 * count * (layer.layout.d_out * of_A + layer.layout.d_in * of_G)
+
+
+def _rule(layer: Layer, costing: Costing) -> Rule:
+    """How the layer is decomposed: an eigenbasis whatever the rule, where it is kept in one."""
+    return "exact" if isinstance(layer.gradient_sums, EigenSquares) else costing.rule
 
 
 def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -56,6 +56,31 @@ class Damping:
         if self.relative:
             return relative_damping(A, G, value, self.floor)
         return torch.full(A.shape[:-2], value, dtype=A.dtype, device=A.device)
+
+
+@dataclass(frozen=True)
+class DampingNow:
+    """The damping of a step: the layer's own where a rule gives it one, else its parameter group's, else that of all.
+
+    Args:
+        damping: of all layers.
+        step: the count of steps.
+        groups: what parameter groups say, by layer name.
+    """
+
+    damping: Damping
+    step: int
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> Rule:
+        """How it is added."""
+        return self.damping.rule
+
+    def of(self, name: str, A: Side, G: Side, *, own: float | None) -> Tensor:
+        """lambda of a layer's block as a tensor of its leading shape; ``own`` is what its rule says."""
+        override = self.groups.get(name) if own is None else own
+        return self.damping.of(A, G, step=self.step, override=override)
 
 
 def as_damping(damping: Damping | float | Callable[[int], float]) -> Damping:

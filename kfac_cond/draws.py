@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+POSITIONS = 2**31
+"""In the place of a head: the streams that positions are chosen by."""
+
 
 class Draws:
     """Generators of label draws: one for each draw of a step, the same whenever that step comes.
@@ -35,6 +38,10 @@ class Draws:
             self._step = step
             self._streams.clear()
         return [self._stream(head, draw, device) for draw in range(count)]
+
+    def restart(self) -> None:
+        """Begin the label streams of the step under way anew; positions were chosen already, and stay."""
+        self._streams = {key: stream for key, stream in self._streams.items() if key[0] == POSITIONS}
 
     def state(self) -> dict[str, Any]:
         """Where the streams of the step under way stand, as plain numbers and tensors."""

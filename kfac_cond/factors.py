@@ -9,16 +9,31 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Set
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from .damping import Damping
+from .damping import DampingNow
 from .distributed import Ranks
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
-from .linalg.ladder import Rung
+from .layers.summed import IDENTITIES, Bases, EigenSquares
+from .linalg.ladder import Rung, read_status
 from .state import inverse_state, loaded_inverse
 from .statistics import MovingAverage, Statistics, statistic_dtype
-from .structures import Block, DiagonalBlock, KroneckerBlock, averaged, damped_inverses_of
+from .structures import (
+    Block,
+    EigenBlock,
+    KroneckerBlock,
+    Trained,
+    averaged,
+    damped_inverse,
+    damped_inverses_of,
+    near,
+    refreshed,
+    scaling_sides,
+    stepped,
+    unread_inverses_of,
+)
 
 
 class Factors:
@@ -49,6 +64,16 @@ class Factors:
         self._elsewhere = elsewhere
         # What the last refresh left out it is not to be repeated for.
         self._unused = set(self.ready) - self.inverted if self.inverted else set()
+        #: The bases that layers in 'ekfac' are in, those of their inverses.
+        self.bases: dict[str, Bases] = {
+            name: (inverse.basis_A, inverse.basis_G)
+            for name, inverse in self.inverses.items()
+            if isinstance(inverse, EigenBlock) and isinstance(layers[name].gradient_sums, EigenSquares)
+        }
+        self._moved = False
+        self._refreshed: list[str] = []
+        #: The factors that inverses were made of, (A, G) with one head, where it is looked at how far they have moved.
+        self.references: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def empty(cls, layers: Mapping[str, Layer], weights: tuple[float, ...], *, patience: int) -> Factors:
@@ -79,14 +104,22 @@ class Factors:
         self.average.update(statistics, decay=decay)
         # Every rank takes part in the capture of every layer.
         self._elsewhere = self.layers.keys() - self.average.G_weight.keys()
+        self._moved = True
 
-    def blocks(self, names: Iterable[str] | None = None) -> dict[str, KroneckerBlock | DiagonalBlock]:
+    def blocks(self, names: Iterable[str] | None = None) -> dict[str, Trained]:
         """The averages here as blocks; those of these layers alone, where names are given."""
         wanted = self.average.ready if names is None else names
-        return {name: averaged(self.layers[name], *self.average.factors(name)) for name in wanted}
+        bases = {name: self.bases.get(name, IDENTITIES) for name in wanted}
+        return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
-    def refresh(self, damping: Damping, ranks: Ranks, *, step: int) -> None:
-        """Invert all averages anew, each where it is owned; nothing where none is usable yet.
+    def refresh(self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None) -> None:
+        """Invert averages anew, each where it is owned; nothing where none is usable yet.
+
+        Args:
+            damping: of the step.
+            ranks: those that take part.
+            only: these layers, and whichever has no inverse or could not be inverted at a step of its own; all, for
+                None. With several ranks each then inverts by itself.
 
         Raises:
             LikelihoodError, NumericalError: what was captured, or cannot be inverted, is not to go on with.
@@ -94,22 +127,129 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        rungs, inverses = ranks.inverted(partial(self._owned_inverses, damping, step), self.inverses, rule=damping.rule)
+        if self._alone(ranks, only):
+            self._refresh_here(damping, only)
+            return
+        rungs, inverses = ranks.inverted(partial(self._owned_inverses, damping), self.inverses, rule=damping.rule)
         self.health.climbed(rungs)
         self.inverses, self.inverted = inverses, rungs.keys()
         self._unused = set(self.ready) - self.inverted
 
-    def _owned_inverses(
-        self, damping: Damping, step: int, owned: Container[str]
-    ) -> tuple[dict[str, Block], dict[str, Rung]]:
+    def _alone(self, ranks: Ranks, only: Container[str] | None) -> bool:
+        """Whether every rank inverts by itself: for some layers at a time, and where averages turn with their bases."""
+        turning = any(isinstance(layer.gradient_sums, EigenSquares) for layer in self.layers.values())
+        return ranks.size == 1 or only is not None or turning
+
+    def _owned_inverses(self, damping: DampingNow, owned: Container[str]) -> tuple[dict[str, Block], dict[str, Rung]]:
         """The inverses of the layers owned that have averages worth it, and how far each factorisation climbed."""
         unused = self.average.unused()
         blocks = self.blocks(name for name in self.average.ready if name in owned and name not in unused)
-        dampings = {
-            name: damping.of(*block.sides, step=step, override=self.layers[name].rule.damping)
+        dampings = self._dampings(blocks, damping)
+        return damped_inverses_of(blocks, dampings, rule=damping.rule, previous=self.inverses)
+
+    def _refresh_here(self, damping: DampingNow, only: Container[str] | None) -> None:
+        """Invert on this rank what is kept on it."""
+        self._unused = self.average.unused()
+        usable = [name for name in self.ready if name not in self._unused]
+        again = self.health.unsettled | (set(usable) - self.inverses.keys())
+        due = [name for name in usable if only is None or name in only or name in again]
+        turned = self._turn(due)
+        blocks = self.blocks(due)
+        inverses, rungs = damped_inverses_of(
+            blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
+        )
+        self._refreshed = due
+        # Before what failed may stop the run: the averages are in the bases of these.
+        self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
+        self.inverted = set(self.inverses)
+        self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
+
+    def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
+        """Invert those of these averages that were inverted before, on the step path: what fails stays as it was.
+
+        The next ``refresh`` reads which did.
+        """
+        due = [name for name in names if name in self.inverses]
+        if not due:
+            return
+        self.health.noted("unsettled", self._step(due))
+        blocks = self.blocks(due)
+        inverses, failed = unread_inverses_of(
+            blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
+        )
+        self.health.noted("unsettled", failed)
+        self.inverses |= inverses
+
+    def remember(self) -> None:
+        """Keep what the inverses that are new since the last call were made of."""
+        for name in self._refreshed:
+            A, G = self.average.factors(name)
+            self.references[name] = A, G.unsqueeze(0)
+        self._refreshed = []
+
+    def changed(self, share: float) -> set[str]:
+        """The layers whose factors have changed by more than a share of what their inverses were made of.
+
+        Read from the device in one transfer.
+        """
+        flags = {}
+        for name, (A, G) in self.references.items():
+            now = self.average.factors(name)
+            changes = [_relative_change(new, old.to(new)) for new, old in zip(now, (A, G[0]), strict=True)]
+            flags[name] = (torch.stack(changes) > share).any().reshape(1)
+        moved = read_status(list(flags.values()))
+        return {name for name, flag in zip(flags, moved, strict=True) if flag}
+
+    def rescale(self, damping: DampingNow) -> None:
+        """After a capture the inverses in 'ekfac' anew, in the bases that they are in; nothing is read."""
+        if self._moved:
+            blocks = self.blocks([name for name in self.bases if name in self.inverses])
+            for name, added in self._dampings(blocks, damping).items():
+                block = blocks[name]
+                assert isinstance(block, EigenBlock)
+                self.inverses[name], _ = damped_inverse(block, added)
+        self._moved = False
+
+    def _dampings(self, blocks: Mapping[str, Trained], damping: DampingNow) -> dict[str, Tensor]:
+        return {
+            name: damping.of(name, *scaling_sides(block), own=self.layers[name].rule.damping)
             for name, block in blocks.items()
         }
-        return damped_inverses_of(blocks, dampings, rule=damping.rule, previous=self.inverses)
+
+    def _turn(self, names: Iterable[str]) -> dict[str, Rung]:
+        """Bring those of these layers that are in 'ekfac' to the bases of their factors as they are now."""
+        anew, followed, rungs = refreshed(self._factors_of_bases(names), self.bases)
+        for name, ((values_A, basis_A), (values_G, basis_G)) in anew.items():
+            self._turn_to(name, (basis_A, basis_G), (values_A, values_G))
+        for name, bases in followed.items():
+            self._turn_to(name, bases)
+        return rungs
+
+    def _step(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Bring them one step nearer, on the step path; which of them are too far for that, 0-d bool."""
+        far = {}
+        for name, block in self._factors_of_bases(names).items():
+            far[name] = ~near(block, self.bases[name])
+            self._turn_to(name, stepped(block, self.bases[name]))
+        return far
+
+    def _factors_of_bases(self, names: Iterable[str]) -> dict[str, KroneckerBlock]:
+        """The factors that bases are made of, of those layers that are in one."""
+        layers = {name: layer for name in names if isinstance((layer := self.layers[name]).gradient_sums, EigenSquares)}
+        return {
+            name: KroneckerBlock(layer.layout, *layer.factors(*self.average.factors(name)), name=name)
+            for name, layer in layers.items()
+        }
+
+    def _turn_to(self, name: str, bases: Bases, values: tuple[Tensor, Tensor] | None = None) -> None:
+        """Go on in other bases, with what was averaged in those before; the first ones come with their eigenvalues."""
+        layer, G = self.layers[name], self.average.G[name]
+        assert isinstance(layer.gradient_sums, EigenSquares)
+        if name in self.bases:
+            self.average.G[name] = layer.gradient_sums.turned(G, self.bases[name], bases, layer.layout)
+        elif values is not None:
+            self.average.G[name] = layer.gradient_sums.started(G, values, layer.layout)
+        self.bases[name] = bases
 
     def inverse_of(self, name: str, like: Tensor) -> Block | None:
         """The layer's inverse, where its gradient is and in the dtype of its statistics; None where there is none."""
@@ -128,6 +268,7 @@ class Factors:
             {name: inverse for name, inverse in self.inverses.items() if name not in changed},
         )
         fresh._unused = self._unused - changed
+        fresh.references = {name: pair for name, pair in self.references.items() if name in fresh.inverses}
         return fresh
 
     def with_those(self, names: Iterable[str], *, of: Factors) -> Factors:
@@ -137,7 +278,9 @@ class Factors:
             self.average.load_layer(name, of.average.layer_state(name))
             self.health.failures[name] = of.health.failures.get(name, 0)
         inverses = self.inverses | {name: inverse for name, inverse in of.inverses.items() if name in taken}
-        return Factors(self.layers, self.average, self.health, inverses)
+        found = Factors(self.layers, self.average, self.health, inverses)
+        found.references = self.references | {name: pair for name, pair in of.references.items() if name in taken}
+        return found
 
     def whole(self, ranks: Ranks) -> Factors:
         """The same with all averages and inverses here, on every rank; all of them call it.
@@ -180,6 +323,13 @@ class Factors:
             f"{self.health.skipped_captures} captures left out",
             *_waiting_for_draws(self.layers, self.inverted),
         ]
+
+
+def _relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """The norm of the difference over that of the old one; 0 of what is zero."""
+    scale = torch.linalg.vector_norm(old)
+    change: Tensor = torch.linalg.vector_norm(new - old) / torch.where(scale > 0, scale, 1)
+    return change
 
 
 def _waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:

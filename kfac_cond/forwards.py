@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,18 @@ from .calls import Call
 from .errors import CaptureError
 from .layers.layer import Layer
 from .layers.sharing import (
+    chosen,
     expanded_gradient_moment,
     expanded_input_moment,
     joined,
     masked,
     one_example,
+    picked,
     pooled_inputs,
     reduced_input_moment,
+    sampled_input_moment,
 )
+from .layers.summed import IDENTITIES, Bases
 from .statistics import LayerSums, statistic_dtype
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -84,12 +90,30 @@ def in_form(layer: Layer, method: str, x: Tensor, features: int | None) -> Tenso
     return x
 
 
+@dataclass(frozen=True)
+class Run:
+    """What captures take of the training run that they are part of.
+
+    Args:
+        bases: the bases in use, of layers that are kept in one.
+        generator: of a device, for choosing positions.
+    """
+
+    bases: Callable[[], Mapping[str, Bases]] = dict
+    generator: Callable[[torch.device], torch.Generator | None] = lambda device: None
+
+    def rows(self, layer: Layer, a: Tensor) -> Tensor:
+        """The positions that factors are made of in one call of a layer with such activations."""
+        return chosen(a.shape[-3:-1], layer.fraction, generator=self.generator(a.device), device=a.device)
+
+
 @dataclass
 class Use:
     """One call of a layer's module: where its output gradient comes from, how to read it, and what makes its a.
 
     ``batch`` is the size of the dimension of a that counts examples, unless they share what is looked up; ``numbers``
-    how many there are in what was returned, none where an expert was given no row.
+    how many there are in what was returned, none where an expert was given no row; ``rows`` the positions that factors
+    are made of, None for all.
     """
 
     call: Call
@@ -99,6 +123,7 @@ class Use:
     a: Callable[[], Tensor] | None = None
     batch: int = 0
     numbers: int = 1
+    rows: Tensor | None = None
 
     def gradients(self, layer: Layer, gradient: Tensor, wanted: Wanted | None) -> Tensor:
         """What arrived at its output as g [..., batch, positions, d_out], in the dtype of statistics."""
@@ -165,7 +190,7 @@ class Forward:
 
 def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool) -> tuple[Tensor, Tensor]:
     """What one call adds to the inputs of an entry, and to their count."""
-    if moments and layer.gradient_sums is not None:
+    if moments and not layer.sums_inputs:
         zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
         present = torch.full_like(zero, min(use.numbers, 1))
         return zero, present if use.keep is None else present * use.keep.any()
@@ -174,6 +199,8 @@ def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool
     if not moments:
         inputs = masked(a, use.keep).sum()
         return inputs, torch.ones_like(inputs)
+    if use.rows is not None:
+        return sampled_input_moment(a, use.keep, use.rows, bias=layer.ones, moment=layer.input_moment)
     if layer.sharing == "expand":
         return expanded_input_moment(a, use.keep, bias=layer.ones, moment=layer.input_moment)
     return pooled_inputs(a, use.keep)
@@ -212,6 +239,7 @@ def add_gradients(
     examples: int,
     wanted: Wanted | None = None,
     of_parameters: Iterable[tuple[Layer, Tensor]] = (),
+    bases: Mapping[str, Bases] = MappingProxyType({}),
 ) -> None:
     """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted.
 
@@ -223,6 +251,7 @@ def add_gradients(
         wanted: what is asked for where it is not A and G of every layer.
         of_parameters: layers in the universal form, with gradients [n, *shape of the parameter] that are squared one by
             one.
+        bases: those in use, of layers that are kept in one.
     """
     pooled: dict[str, tuple[Layer, Tensor]] = {}
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -236,6 +265,10 @@ def add_gradients(
             continue
         if not entry.moments:
             _accumulate(sums, layer, g.sum(), place)
+            continue
+        if use.rows is not None:
+            some = expanded_gradient_moment(picked(g, use.rows), layer.gradient_moment)
+            _accumulate(sums, layer, some * (prod(g.shape[-3:-1]) / len(use.rows)), place)
             continue
         if layer.sharing == "expand":
             _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)
@@ -252,13 +285,16 @@ def add_gradients(
         _accumulate(sums, layer, layer.gradient_moment(total), place)
     for layer, pairs in own.values():
         assert layer.gradient_sums is not None
-        moment = layer.gradient_sums.of_pairs(*_joined(pairs), layer.layout, layer.max_factor_dim)
+        a, g = _joined(pairs)
+        of = bases.get(layer.name, IDENTITIES)
+        moment = layer.gradient_sums.of_pairs(a, g, layer.layout, layer.max_factor_dim, of)
         _accumulate(sums, layer, moment, place)
     for layer, gradients in of_parameters:
         assert layer.gradient_sums is not None
         D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
         if wanted is None or layer.name in wanted.moments:
-            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim)
+            of = bases.get(layer.name, IDENTITIES)
+            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim, of)
             _accumulate(sums, layer, moment, place)
         else:
             _accumulate(sums, layer, D.sum(), place)

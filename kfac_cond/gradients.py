@@ -74,7 +74,7 @@ def updates_of(
         if inverse is not None:
             mine[name] = inverse.matvec(matrix)
     found = ranks.exchanged(inverted, mine)
-    return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates)) for name, one in matrices.items()}
+    return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates), name) for name, one in matrices.items()}
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
@@ -89,12 +89,12 @@ def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
 
 def trust_region_scale(
     trust_region: TrustRegion, updates: Mapping[str, LayerUpdate], grad_scale: Tensor | None
-) -> Tensor:
-    """The factor that the trust region gives for gradients with the gradient scaler's factor taken out."""
+) -> Tensor | Sequence[Tensor]:
+    """The factors that the trust region gives for gradients with the gradient scaler's factor taken out."""
     seen = list(updates.values())
     if grad_scale is not None:
         inverse = grad_scale.reciprocal()
-        seen = [LayerUpdate(u.gradient * inverse, u.update * inverse, u.rate) for u in seen]
+        seen = [LayerUpdate(u.gradient * inverse, u.update * inverse, u.rate, u.name) for u in seen]
     return trust_region.scale(seen)
 
 
@@ -102,11 +102,12 @@ def write(
     layers: Mapping[str, Layer],
     gradients: Mapping[str, dict[str, Tensor]],
     updates: Mapping[str, LayerUpdate],
-    scale: Tensor | None,
+    scale: Tensor | Sequence[Tensor] | None,
 ) -> None:
-    """Write the updates, times ``scale``, into the gradients they were computed from."""
-    for name, update in updates.items():
-        matrix = update.update if scale is None else update.update * scale.to(update.update)
+    """Write the updates, times ``scale`` or each times its own, into the gradients they were computed from."""
+    scales = [scale] * len(updates) if scale is None or isinstance(scale, Tensor) else scale
+    for (name, update), one in zip(updates.items(), scales, strict=True):
+        matrix = update.update if one is None else update.update * one.to(update.update)
         new = layers[name].layout.from_matrix(matrix)
         for key, gradient in gradients[name].items():
             gradient.copy_(new[key])

@@ -35,19 +35,20 @@ class Flags:
     def note(self, statistics: Statistics, *, invalid_labels: Tensor) -> None:
         """Add one capture's flags; nothing is read."""
         self.captures += 1
-        self._count("captures", ~statistics.finite)
-        self._count("usable", statistics.finite & (statistics.divisor > 0).any())
-        self._count("labels", invalid_labels)
+        self.count("captures", ~statistics.finite)
+        self.count("usable", statistics.finite & (statistics.divisor > 0).any())
+        self.count("labels", invalid_labels)
         for name, flag in statistics.nonfinite.items():
-            self._count(f"layer {name}", flag)
+            self.count(f"layer {name}", flag)
 
     def add(self, other: Flags) -> None:
         """Add the flags of other captures."""
         self.captures = self.captures + other.captures
         for key, count in other.counts.items():
-            self._count(key, count)
+            self.count(key, count)
 
-    def _count(self, key: str, flag: Tensor) -> None:
+    def count(self, key: str, flag: Tensor) -> None:
+        """Add a flag, or a count, to those under a key."""
         before = self.counts.get(key)
         self.counts[key] = flag.long() if before is None else before.to(flag.device) + flag
 
@@ -80,6 +81,9 @@ class Health:
         self.skipped_captures = 0
         self.barren_intervals = 0
         self.started = False
+        #: Layers that at the last read were found to want another refresh: at a step of their own it failed, or was not
+        #: enough.
+        self.unsettled: set[str] = set()
         self._warned = False
         self._named: set[tuple[str, Rung]] = set()
         self._unread = Flags()
@@ -87,6 +91,11 @@ class Health:
     def add(self, flags: Flags) -> None:
         """Take in the flags of the captures that a step took; nothing is read."""
         self._unread.add(flags)
+
+    def noted(self, what: str, flags: Mapping[str, Tensor]) -> None:
+        """Take in what was found of layers on the step path, 0-d bool by layer; nothing is read."""
+        for name, flag in flags.items():
+            self._unread.count(f"{what} {name}", flag)
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
         """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""
@@ -136,9 +145,10 @@ class Health:
         unread, self._unread = self._unread, Flags()
         counts = unread.read()
         if counts is None:
-            self.started = True
+            self.started, self.unsettled = True, set()
             return True
         captures = counts["number"]
+        self.unsettled = {name for name in self.failures if counts[f"unsettled {name}"]}
         if not captures:
             return self.started
         bad = counts["captures"]

@@ -17,8 +17,9 @@ from .data import Data
 from .distributed import Captured, Ranks, synchronises
 from .distributed.ranks import Alone
 from .distributed.reduce import Reduction
-from .draws import Draws
+from .draws import POSITIONS, Draws
 from .errors import AttachError, CaptureError, LikelihoodError
+from .forwards import Run
 from .gathering import gathered
 from .heads import (
     Distribution,
@@ -34,6 +35,7 @@ from .heads import (
 from .health import Flags
 from .hooks import Owner
 from .layers.layer import Layer
+from .layers.summed import Bases
 from .likelihoods import Product
 from .listening import Listener
 from .statistics import Statistics
@@ -53,6 +55,7 @@ class Intake:
         forward_due: the same, asked at a forward.
         step: the count of steps, for the draws.
         ranks: those that take part in the run.
+        bases: those in use, of layers that are kept in one.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Intake:
         forward_due: Callable[[], bool],
         step: Callable[[], int],
         ranks: Callable[[], Ranks],
+        bases: Callable[[], Mapping[str, Bases]],
     ) -> None:
         self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
@@ -80,6 +84,7 @@ class Intake:
         self._forward_due = forward_due
         self._step = step
         self._ranks = ranks
+        self._bases = bases
         self._capture: Capture | None = None
         self._heard_alone = False
         self._named_missing = False
@@ -125,6 +130,7 @@ class Intake:
             owner=self._owner,
             positions=self._data.pick_positions,
             heard=self.listener.root,
+            run=Run(self._bases, self._for_positions),
         )
         self._capture.install()
 
@@ -275,7 +281,7 @@ class Intake:
         if not self.explicit:
             # Labels drawn for what was heard on its own are let go with it, and the stream of this step starts anew: a
             # resumed run, which hears its first forward as well, then draws what the uninterrupted one does.
-            self.draws = Draws(self.draws.seed, rank=self._ranks().rank)
+            self.draws.restart()
         if not (self._replace_heard(heads, drawn) or self._send(heads, drawn)):
             shapes = ", ".join(str(tuple(head.outputs.shape)) for head in heads)
             raise CaptureError(
@@ -283,6 +289,11 @@ class Intake:
                 f"{shapes}): pass the tensor that the model returned, with gradients enabled, once for "
                 f"each forward."
             )
+
+    def _for_positions(self, device: torch.device) -> torch.Generator | None:
+        """The stream of this step that positions are chosen by."""
+        self.draws.rank = self._ranks().rank
+        return self.draws.generators(step=self._step(), count=1, device=device, head=POSITIONS)[0]
 
     def _replace_heard(self, heads: Sequence[Head], drawn: Sequence[Mapping[str, Tensor]] | None) -> bool:
         """Gather from a forward that was heard on its own before; all that was heard so far is let go."""

@@ -14,7 +14,7 @@ from . import state
 from .attachment import Attachments
 from .checks import checked_rules, settings_of
 from .coverage import Coverage, coverage_of_wrapped
-from .damping import Damping, as_damping
+from .damping import Damping, DampingNow, as_damping
 from .data import Data
 from .distributed import Plan, PlanTable, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
@@ -24,6 +24,7 @@ from .heads import Distribution
 from .intake import Intake
 from .layers.layer import Layer
 from .layers.summed import TRAINED
+from .refreshes import Refreshes
 from .schedules import Clock, Schedule
 from .sharing import Shared
 from .structures import Fisher
@@ -52,11 +53,12 @@ class KFAC:
         damping: lambda of F + lambda I, a number, a callable of the step, or ``kc.Damping``.
         schedule: what is done at which step; default ``Schedule()``.
         structure: what a layer's block is kept as: 'kfac'; 'tkfac', whose factors are the two partial traces of the
-            block with an example's positions summed first; or 'diagonal'. The latter two read a layer's inputs again
-            once scores come back, and leave the outer products of single positions out.
+            block with an example's positions summed first; 'ekfac', whose eigenvalues are averages of squared weight
+            gradients in the eigenbasis of the factors; or 'diagonal'. All but 'kfac' read a layer's inputs again once
+            scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
-            max_factor_dim=)}.
-        trust_region: shortens each update, say ``kc.KLClip(1e-3)``.
+            max_factor_dim=, fraction=)}.
+        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
     Raises:
@@ -101,7 +103,7 @@ class KFAC:
         self._attachments = Attachments(self)
         self._clock = Clock(self.schedule)
         self._paused = False
-        self._scale: Tensor | None = None
+        self._scale: Tensor | Sequence[Tensor] | None = None
         self._static_graph = StaticGraph(model)
         self._intake = Intake(
             model,
@@ -112,9 +114,11 @@ class KFAC:
             forward_due=self._forward_due,
             step=lambda: self._clock.at_most,
             ranks=lambda: self._shared.ranks(),
+            bases=lambda: self._shared.factors.bases,
         )
         self._intake.watch(self.layers)
         self._shared = Shared(self._wrapped, self._intake.slots, lambda: self.damping.rule, self.schedule)
+        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -149,18 +153,21 @@ class KFAC:
     def metrics(self) -> dict[str, Any]:
         """Numbers for a logger as a flat dict; tensors among them are on the device and are not waited for.
 
-        ``plain_layers`` counts the layers whose gradients are left as they are: those that were not used so far, or on
-        no position, and those that wait for more draws.
+        ``unsettled_layers`` counts the layers whose refresh at a step of their own failed, or was not enough, as the
+        last read found; ``plain_layers`` those whose gradients are left as they are: not used so far, or on no
+        position, or waiting for more draws.
         """
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
             "kfac/skipped_captures": self._shared.factors.health.skipped_captures,
             "kfac/failed_layers": sum(count > 0 for count in self._shared.factors.health.failures.values()),
+            "kfac/unsettled_layers": len(self._shared.factors.health.unsettled),
             "kfac/plain_layers": len(self.layers) - len(self._shared.factors.inverted),
         }
         if self._scale is not None:
-            metrics["kfac/trust_region_scale"] = self._scale
+            one = isinstance(self._scale, Tensor)
+            metrics["kfac/trust_region_scale"] = self._scale if one else torch.stack(list(self._scale)).mean()
         return metrics
 
     def fisher(self) -> Fisher:
@@ -262,7 +269,7 @@ class KFAC:
                 "precondition() before any factors: call kfac.update(outputs) after the forward and before "
                 "loss.backward(), or kfac.attach(optimizer)"
             )
-        if self.trust_region is not None and lr is None:
+        if getattr(self.trust_region, "needs_rate", self.trust_region is not None) and lr is None:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
         rates = {id(p): 1.0 if lr is None else lr for layer in self.layers.values() for p in layer.parameters.values()}
         if not self.before_step(list(self.layers), rates, None):
@@ -286,6 +293,7 @@ class KFAC:
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
         self._shared.changed(changed)
+        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -307,6 +315,7 @@ class KFAC:
             step=self.step,
             functional=self._wrapped.functional,
             ranks=self._shared.ranks(),
+            trust_region=self.trust_region,
         )
 
     def load_state_dict(self, saved: Mapping[str, Any], *, strict: bool = True) -> state.Unmatched:
@@ -326,9 +335,11 @@ class KFAC:
         layers = self._wrapped.now(functional).layers
         slots, patience = self._intake.slots, self.schedule.patience
         loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=self._shared.ranks(), strict=strict)
+        state.load_trust_region(saved, self.trust_region)
         self._wrapped.look_again(functional)
         self._intake.watch(self.layers)
         self._shared.load(loaded)
+        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()
@@ -389,6 +400,7 @@ class KFAC:
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
+        damping = DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
         captured = self._intake.take()
         if captured is not None:
             for name in captured.functional:
@@ -400,6 +412,5 @@ class KFAC:
                 self._intake.name_missing()
         elif self._factors_due():
             self._intake.refuse_silence(allowed=bool(self._shared.factors.ready))
-        if self._clock.inverses_due() or self._shared.factors.waiting:
-            self._shared.refresh(self.damping, step=self._clock.at_most)
+        self._refreshes.now(self._shared, self._clock, damping)
         self._clock.taken_in = True

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from .checks import described
 from .costs import Costing
-from .damping import Damping, Rule
+from .damping import DampingNow, Rule
 from .distributed import EVERY, Plan, PlanTable, Ranks
 from .errors import ArgumentError, RankError
 from .factors import Factors
-from .schedules import Schedule
+from .layers.summed import EigenSquares
+from .schedules import Adaptive, Schedule
 from .state import Loaded
 from .statistics import Slots
 from .wrapping import Wrapped
@@ -31,7 +32,7 @@ class Shared:
     def __init__(self, wrapped: Wrapped, slots: Slots, rule: Callable[[], Rule], schedule: Schedule) -> None:
         self.plan = Plan()
         self.factors = Factors.empty(wrapped.layers, slots.weights, patience=schedule.patience)
-        self._wrapped, self._slots, self._rule = wrapped, slots, rule
+        self._wrapped, self._slots, self._rule, self._schedule = wrapped, slots, rule, schedule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
         self._ranks: Ranks | None = None
 
@@ -56,17 +57,36 @@ class Shared:
             )
         self._ranks = self.plan.ranks()
         self._assign()
+        self._refuse_turning(self._ranks)
         self.factors = self.factors.placed(self._ranks)
         return self._ranks
+
+    def _refuse_turning(self, ranks: Ranks) -> None:
+        """Refuse to keep from other ranks what each of them needs at steps of its own.
+
+        Raises:
+            ArgumentError: naming what does not go together.
+        """
+        if ranks.layout.replicated:
+            return
+        turning = [name for name, one in self._wrapped.layers.items() if isinstance(one.gradient_sums, EigenSquares)]
+        words = [f"structure='ekfac' of {', '.join(turning[:3])}"] if turning else []
+        words += ["Schedule(stagger=True)"] if self._schedule.stagger else []
+        words += ["Schedule(inverses=kc.Adaptive(...))"] if isinstance(self._schedule.inverses, Adaptive) else []
+        if words:
+            raise ArgumentError(
+                f"{' and '.join(words)} with strategy={self.plan.strategy!r}: every rank needs all averages for it. "
+                f"Use kfac.distribute(kc.Plan(strategy='replicate'))"
+            )
 
     def whole(self) -> Factors:
         """The factors of all layers, on every rank; all of them call it where layers are shared out."""
         return self.factors.whole(self.ranks())
 
-    def refresh(self, damping: Damping, *, step: int) -> None:
-        """Invert all averages anew; see ``Factors.refresh``."""
+    def refresh(self, damping: DampingNow, *, only: Container[str] | None = None) -> None:
+        """Invert averages anew; see ``Factors.refresh``."""
         ranks = self.ranks()
-        self.factors.refresh(damping, ranks, step=step)
+        self.factors.refresh(damping, ranks, only=only)
 
     def distribute(self, plan: Plan) -> None:
         """Share out anew by another plan; all ranks call it.
@@ -76,9 +96,14 @@ class Shared:
         """
         if not isinstance(plan, Plan):
             raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
+        before = self.plan, self._ranks
         self.factors = self.whole()
         self.plan, self._ranks = plan, None
-        self.ranks()
+        try:
+            self.ranks()
+        except ArgumentError:
+            self.plan, self._ranks = before
+            raise
 
     def changed(self, names: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what is not of these; all ranks call it."""
@@ -92,6 +117,7 @@ class Shared:
         before = self.whole() if missing else self.factors
         self._assign()
         whole = Factors(self._wrapped.layers, loaded.average, loaded.health, loaded.inverses)
+        whole.references = loaded.references
         self.factors = whole.with_those(missing, of=before).placed(self.ranks())
 
     def table(self, world: int | None) -> PlanTable:

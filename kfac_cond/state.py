@@ -23,6 +23,7 @@ from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+from .trust_region import TrustRegion
 
 FORMAT = "kfac_cond.KFAC"
 VERSION = 4
@@ -45,6 +46,7 @@ class Kept(Protocol):
     layers: Mapping[str, Layer]
     average: MovingAverage
     inverses: dict[str, Block]
+    references: dict[str, tuple[Tensor, Tensor]]
     health: Health
 
 
@@ -67,6 +69,7 @@ class Loaded:
     unmatched: Unmatched
     average: MovingAverage
     inverses: dict[str, Block]
+    references: dict[str, tuple[Tensor, Tensor]]
     health: Health
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
@@ -82,9 +85,12 @@ def save(
     step: int,
     functional: Iterable[str],
     ranks: Ranks,
+    trust_region: TrustRegion | None = None,
 ) -> dict[str, Any]:
     """The state as ``torch.load(weights_only=True)`` reads it."""
+    between = getattr(trust_region, "state_dict", None)
     return {
+        **({} if between is None else {"trust_region": between()}),
         "format": FORMAT,
         "version": VERSION,
         "step": step,
@@ -96,18 +102,25 @@ def save(
         # Whose labels were drawn, and whose batch was gathered.
         "rank": [ranks.rank, ranks.size],
         "gathered": () if gathered is None else (_gathered_state(*gathered),),
-        "layers": tuple(
-            (
-                name,
-                {
-                    "shape": list(layer.layout.matrix_shape),
-                    "parameters": list(layer.layout.names),
-                    "average": factors.average.layer_state(name),
-                    "inverse": inverse_state(factors.inverses.get(name)),
-                },
-            )
-            for name, layer in factors.layers.items()
-        ),
+        "layers": tuple((name, _layer_state(name, factors)) for name in factors.layers),
+    }
+
+
+def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None) -> None:
+    """Hand a trust region that has a state its own; one that is not in what was saved starts anew."""
+    load = getattr(trust_region, "load_state_dict", None)
+    if load is not None and "trust_region" in saved:
+        load(saved["trust_region"])
+
+
+def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
+    layer, reference = factors.layers[name], factors.references.get(name)
+    return {
+        "shape": list(layer.layout.matrix_shape),
+        "parameters": list(layer.layout.names),
+        "average": factors.average.layer_state(name),
+        "inverse": inverse_state(factors.inverses.get(name)),
+        **({} if reference is None else {"reference": dict(zip("AG", reference, strict=True))}),
     }
 
 
@@ -137,11 +150,15 @@ def load(
     shared = {name: layer for name, layer in layers.items() if name in entries}
     average = MovingAverage(layers, slots.weights, draws_needed(layers))
     inverses: dict[str, Block] = {}
+    references: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in shared.items():
         entry = _layer_entry(name, layer, entries[name])
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = loaded_inverse(name, layer, entry["inverse"])
+        if "reference" in entry:
+            placed = _placed(name, layer, entry["reference"], Slots())
+            references[name] = placed["A"], placed["G"]
     health = Health(layers, patience=patience)
     try:
         health.load_state(_paired(saved, "health"), shared)
@@ -151,7 +168,7 @@ def load(
         gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
-    return Loaded(unmatched, average, inverses, health, gathered, draws, step)
+    return Loaded(unmatched, average, inverses, references, health, gathered, draws, step)
 
 
 def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:

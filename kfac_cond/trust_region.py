@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -21,18 +21,24 @@ class LayerUpdate:
         gradient: the gradient of the mean loss, unscaled, as the layer's matrix.
         update: the preconditioned gradient u = (F + damping)^-1 gradient, as the layer's matrix.
         rate: the learning rate it will be multiplied with.
+        name: of the layer.
     """
 
     gradient: Tensor
     update: Tensor
     rate: float | Tensor
+    name: str = ""
 
 
 class TrustRegion(Protocol):
-    """Anything that turns the updates of one step into one factor, 0-d, on the device, without a host sync."""
+    """Anything that turns the updates of one step into factors on the device, without a host sync.
 
-    def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
-        """The factor in (0, 1] that all updates are multiplied with."""
+    One with a state between steps has ``state_dict`` and ``load_state_dict`` as well, and is saved with the KFAC; one
+    that does not look at learning rates says so with ``needs_rate = False``.
+    """
+
+    def scale(self, updates: Sequence[LayerUpdate]) -> Tensor | Sequence[Tensor]:
+        """The factor that all updates are multiplied with, 0-d; or one for each of them, in their order."""
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,7 @@ def test_metrics_are_flat_and_named():
         "kfac/damping",
         "kfac/skipped_captures",
         "kfac/failed_layers",
+        "kfac/unsettled_layers",
         "kfac/plain_layers",
         "kfac/trust_region_scale",
     }

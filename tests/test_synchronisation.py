@@ -80,6 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"trust_region": kc.KLClip(1e-3)},
     "tkfac": {"structure": "tkfac"},
     "diagonal": {"structure": "diagonal"},
+    "ekfac": {"structure": "ekfac"},
     "reduce": {"rules": {"*": {"sharing": "reduce"}}},
     "diagonal sides": {"rules": {"*": {"max_factor_dim": 3}}},
     "diagonal sides exact": {"rules": {"*": {"max_factor_dim": 3}}, "damping": kc.Damping(1e-2, rule="exact")},

@@ -163,7 +163,7 @@ def test_a_model_without_a_covered_layer_is_refused(model, reason):
         {"damping": float("nan")},
         {"rules": {"nowhere": {}}},
         {"rules": {"0": 5}},
-        {"rules": {"0": {"structure": "ekfac"}}},
+        {"rules": {"0": {"structure": "kpsvd"}}},
         {"rules": "head"},
         {"trust_region": 1e-3},
         {"schedule": 5},
@@ -238,10 +238,10 @@ def test_a_teacher_s_calls_are_ignored():
     assert torch.equal(kfac.fisher()["0"].G, other.fisher()["0"].G)
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "nonsense"])
+@pytest.mark.parametrize("structure", ["kpsvd", "nonsense"])
 def test_training_takes_no_other_structure_by_rule(structure):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
     with pytest.raises(
-        kc.ArgumentError, match=f"structure='{structure}', expected one of kfac, tkfac, diagonal for training"
+        kc.ArgumentError, match=f"structure='{structure}', expected one of kfac, tkfac, diagonal, ekfac for training"
     ):
         kc.KFAC(model, "categorical", rules={"0": {"structure": structure}})

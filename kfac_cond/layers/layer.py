@@ -13,7 +13,7 @@ from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
 from .sharing import Moment
-from .summed import GradientMoments, GradientSquares, GradientSums
+from .summed import EigenSquares, GradientMoments, GradientSquares, GradientSums
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,17 @@ class Layer:
     @property
     def sharing(self) -> Sharing:
         """How positions enter the factors; it means nothing where they are summed before anything is squared."""
-        return "expand" if self.gradient_sums is not None else self.rule.sharing or "expand"
+        return self.rule.sharing or "expand" if self.sums_inputs else "expand"
+
+    @property
+    def fraction(self) -> float:
+        """Share of the positions that its factors are made of."""
+        return 1.0 if self.rule.fraction is None else self.rule.fraction
+
+    @property
+    def sums_inputs(self) -> bool:
+        """Whether the outer products of its inputs are summed."""
+        return self.gradient_sums is None or self.gradient_sums.sums_inputs
 
     @property
     def max_factor_dim(self) -> int:
@@ -82,14 +92,20 @@ class Layer:
     @property
     def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of what is summed for A and, in each slot, for G."""
+        of_A, of_G = self.kind.sum_shapes(self.layout, self.max_factor_dim)
         if self.gradient_sums is not None:
-            return (), self.gradient_sums.shape(self.layout, self.max_factor_dim)
-        return self.kind.sum_shapes(self.layout, self.max_factor_dim)
+            of_G = self.gradient_sums.shape(self.layout, self.max_factor_dim)
+        return of_A if self.sums_inputs else (), of_G
 
     def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
-        if isinstance(self.gradient_sums, GradientMoments):
-            return self.gradient_sums.factors(G, self.layout, self.max_factor_dim)
+        sums = self.gradient_sums
+        if isinstance(sums, EigenSquares):
+            (G, _), sums = sums.parts(G, self.layout), sums.moments
+        if isinstance(sums, GradientMoments):
+            return sums.factors(G, self.layout, self.max_factor_dim)
+        if sums is not None:
+            G = G.reshape(self.kind.sum_shapes(self.layout, self.max_factor_dim)[1])
         return self.kind.factors(A, G, self.layout, self.max_factor_dim)
 
     @property

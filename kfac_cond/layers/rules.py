@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..checks import is_damping, is_size
+from ..checks import is_damping, is_number, is_size
 from ..errors import ArgumentError
 
 Sharing = Literal["expand", "reduce"]
@@ -18,11 +18,13 @@ class LayerRule:
     """What may be said of the layers that a pattern names; None leaves the default.
 
     Args:
-        structure: name of the block's storage; training takes 'kfac', ``estimate`` others as well.
+        structure: name of the block's storage; training takes 'kfac', 'ekfac', 'tkfac' and 'diagonal', ``estimate``
+            others as well.
         sharing: 'expand' or 'reduce', how positions enter the factors (Eschenhagen et al. 2023, arXiv:2311.00636).
         damping: this layer's damping in place of the preconditioner's.
         exclude: leave the layer's gradient as it is.
         max_factor_dim: size of the largest side that is kept whole; a larger one is kept as its diagonal.
+        fraction: share of the positions that factors are made of in training, drawn anew for each call of the layer.
     """
 
     structure: str | None = None
@@ -30,6 +32,7 @@ class LayerRule:
     damping: float | None = None
     exclude: bool = False
     max_factor_dim: int | None = None
+    fraction: float | None = None
 
 
 #: Where nothing is said.
@@ -78,6 +81,7 @@ def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
         "structure": (lambda value: value is None or isinstance(value, str), "the name of a structure"),
         "exclude": (lambda value: isinstance(value, bool), "True or False"),
         "max_factor_dim": (lambda value: value is None or is_size(value), "a whole number >= 1"),
+        "fraction": (lambda value: value is None or (is_number(value) and 0 < value <= 1), "a number in (0, 1]"),
     }
     for key, value in rule.items():
         allowed, expected = fits[key]

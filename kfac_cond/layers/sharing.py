@@ -6,6 +6,8 @@ user's loss: A is always a plain mean, everything else is in G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -65,6 +67,40 @@ def expanded_input_moment(
         return moment(rows, ones=bias), _count(a, rows.shape[-2])
     count = keep.sum(dim=(-3, -2, -1))
     return moment(rows, ones=bias, count=count), count.sum()
+
+
+def chosen(shape: Sequence[int], fraction: float, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Some positions, each as likely as another, counted over (batch, positions) in their order.
+
+    Args:
+        shape: (batch, positions).
+        fraction: share of them, in (0, 1]; one at least is chosen.
+        generator: where the choice comes from, on the device.
+        device: of the result.
+    """
+    number = prod(shape)
+    return torch.randperm(number, generator=generator, device=device)[: max(1, round(fraction * number))]
+
+
+@sparse.form(sparse.picked)
+def picked(x: Tensor, rows: Tensor) -> Tensor:
+    """Activations, gradients or a mask [..., batch, positions, d] at some positions, as those of a single example."""
+    return x.flatten(-3, -2).index_select(-2, rows).unsqueeze(-3)
+
+
+def sampled_input_moment(
+    a: Tensor, keep: Tensor | None, rows: Tensor, *, bias: bool, moment: Moment = second_moment
+) -> tuple[Tensor, Tensor]:
+    """``expanded_input_moment`` in expectation, from some positions; their number is that of all, as there.
+
+    Args:
+        rows: of ``chosen``.
+        a, keep, bias, moment: as there.
+    """
+    some = None if keep is None else picked(keep, rows)
+    summed, _ = expanded_input_moment(picked(a, rows), some, bias=bias, moment=moment)
+    number = prod(a.shape[-3:-1])
+    return summed * (number / len(rows)), _count(a, number) if keep is None else keep.sum()
 
 
 def pooled_inputs(a: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

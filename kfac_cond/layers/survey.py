@@ -16,7 +16,7 @@ from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import LayerRule, settings_of_rules
-from .summed import TRAINED
+from .summed import TRAINED, trained_sums
 from .universal import MIN_DRAWS, universal_layout
 
 Form = Literal["kronecker", "universal", "none"]
@@ -211,11 +211,28 @@ def _ruled(layer: Layer, rule: LayerRule, training: str | None) -> Layer:
                 f"rules: layer '{layer.name}' has structure={structure!r}, expected one of {', '.join(TRAINED)} for "
                 f"training: others are for kc.estimate(structure='mixed')"
             )
-        layer = replace(layer, gradient_sums=TRAINED[structure] or layer.gradient_sums)
+        layer = replace(layer, gradient_sums=trained_sums(structure, layer.gradient_sums, rule.sharing or "expand"))
+    _require_positions(layer, rule, training)
     if not layer.modules and layer.layout.d_in == 1:
         # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.
         rule = replace(rule, max_factor_dim=1)
     return replace(layer, rule=rule)
+
+
+def _require_positions(layer: Layer, rule: LayerRule, training: str | None) -> None:
+    """Refuse a share of the positions where they are not all there is to what is summed."""
+    if rule.fraction is None:
+        return
+    why = "its positions are averaged first (sharing='reduce')" if rule.sharing == "reduce" else ""
+    if layer.gradient_sums is not None:
+        why = "it is made of gradients of whole examples, of which a share of the positions tells nothing"
+    if training is None:
+        why = "an estimate takes all positions of its data"
+    if why:
+        raise ArgumentError(
+            f"rules: layer '{layer.name}' has fraction={rule.fraction}, and {why}: it is for training in 'kfac' with "
+            f"sharing='expand'. A later pattern takes it back, {{'{layer.name}': dict(fraction=None)}}"
+        )
 
 
 def _pair(role: Role, attribute: str, use: Use) -> str:

@@ -12,7 +12,7 @@ from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
 from .moments import symmetrise, trace
 from .sides import Diagonal, Side, identity_like
 
-__all__ = ["Eigenbasis", "Rung", "eigenbases", "from_eigenbasis"]
+__all__ = ["Eigenbasis", "Rung", "attempted_eigenbases", "eigenbases", "from_eigenbasis"]
 
 Eigenbasis = tuple[Tensor, Tensor | None]
 """(eigenvalues [..., d], not negative; basis [..., d, d], the eigenvectors in its columns).
@@ -62,6 +62,17 @@ def eigenbases(
     return ordered, [rungs[i] for i in range(len(matrices))]
 
 
+def attempted_eigenbases(matrices: Sequence[Side]) -> tuple[list[Eigenbasis], list[Tensor]]:
+    """The eigenbasis of each matrix, and whether it is to be used, 0-d bool; nothing is read beside eigh's own status.
+
+    Where eigh does not converge the basis is that of the identity, and not to be used.
+    """
+    found = _attempted(dict(enumerate(matrices)))
+    bases = [found.get(i) or _stand_in(matrix, None)[0] for i, matrix in enumerate(matrices)]
+    failed = [torch.zeros((), dtype=torch.bool, device=matrix.device) for matrix in matrices]
+    return bases, [_is_finite(found[i]) if i in found else failed[i] for i in range(len(matrices))]
+
+
 @overload
 def from_eigenbasis(eigenvalues: Tensor, basis: Tensor) -> Tensor: ...
 
@@ -104,6 +115,13 @@ def _prepared(matrix: Side, rung: Rung) -> Side | None:
 
 def _decompose(matrices: Mapping[int, Side]) -> dict[int, Eigenbasis]:
     """The eigenbases of those that eigh decomposed, after one read of whether they are finite."""
+    found = _attempted(matrices)
+    status = read_status([_is_finite(basis).reshape(1) for basis in found.values()])
+    return {index: basis for (index, basis), ok in zip(found.items(), status, strict=True) if ok}
+
+
+def _attempted(matrices: Mapping[int, Side]) -> dict[int, Eigenbasis]:
+    """The eigenbases of those that eigh decomposed, finite or not."""
     found: dict[int, Eigenbasis] = {
         index: (matrix.values.clamp(min=0), None) for index, matrix in matrices.items() if isinstance(matrix, Diagonal)
     }
@@ -111,13 +129,12 @@ def _decompose(matrices: Mapping[int, Side]) -> dict[int, Eigenbasis]:
     values = [matrix for matrix in matrices.values() if not isinstance(matrix, Diagonal)]
     for group in size_groups(values, range(len(values))):
         found.update(_decompose_group({keys[i]: values[i] for i in group}))
-    sums = [
-        values.sum() if basis is None else torch.linalg.vector_norm(basis) + values.sum()
-        for values, basis in found.values()
-    ]
-    flags = [torch.isfinite(one) for one in sums]
-    status = read_status([flag.reshape(1) for flag in flags])
-    return {index: basis for (index, basis), ok in zip(found.items(), status, strict=True) if ok}
+    return found
+
+
+def _is_finite(basis: Eigenbasis) -> Tensor:
+    values, vectors = basis
+    return torch.isfinite(values.sum() if vectors is None else torch.linalg.vector_norm(vectors) + values.sum())
 
 
 def _decompose_group(group: Mapping[int, Tensor]) -> dict[int, Eigenbasis]:

@@ -12,7 +12,7 @@ from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
 from .moments import symmetrise, trace
 from .sides import Diagonal, Side, identity_like
 
-__all__ = ["Rung", "damped_inverses"]
+__all__ = ["Rung", "attempted_inverses", "damped_inverses"]
 
 MORE_DAMPING = (10.0, 100.0)
 """Multiples of max(damping, eps tr / d) that the second rung tries."""
@@ -63,6 +63,23 @@ def damped_inverses(
         if index not in rungs:
             inverses[index], rungs[index] = _stand_in(matrices[index], previous[index])
     return [inverses[i] for i in range(len(matrices))], [rungs[i] for i in range(len(matrices))]
+
+
+def attempted_inverses(matrices: Sequence[Side], dampings: Sequence[Tensor]) -> tuple[list[Side], list[Tensor]]:
+    """(M + damping I)^-1 of each matrix as far as it goes, and whether it does; nothing is read on the host.
+
+    Arguments as for ``damped_inverses``.
+
+    Returns:
+        (inverses, flags): a 0-d bool for each, False where its inverse is not to be used.
+    """
+    inverses: dict[int, Side] = {}
+    flags: dict[int, Tensor] = {}
+    for group in size_groups(matrices, range(len(matrices))):
+        batch, succeeded = _inverses([matrices[i] for i in group], [dampings[i] for i in group], dtype=None)
+        inverses.update(zip(group, batch, strict=True))
+        flags.update(zip(group, succeeded.unbind(), strict=True))
+    return [inverses[i] for i in range(len(matrices))], [flags[i] for i in range(len(matrices))]
 
 
 def _try(

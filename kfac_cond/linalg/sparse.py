@@ -173,6 +173,15 @@ def joined(first: SparseRows, *others: SparseRows) -> SparseRows:
     return _concatenated(pieces, rows, (n, total, d))
 
 
+def picked(x: SparseRows, rows: Tensor) -> SparseRows:
+    """Some rows [n, s, d], counted over both, as those of a single example; entries of others stay, as zeros."""
+    places = torch.full((_product(x.shape[:-1]),), -1, dtype=torch.int64, device=x.device)
+    places[rows] = torch.arange(len(rows), device=x.device)
+    place = places[x.rows]
+    values = torch.where(place >= 0, x.values, 0)
+    return SparseRows(place.clamp(min=0), x.columns, values, (1, len(rows), x.shape[-1]))
+
+
 def second_moment_diagonal(x: SparseRows, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
     """The sum over all rows of their squares, [d]; rows by their entries have no constant feature."""
     assert not ones

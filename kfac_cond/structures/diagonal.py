@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
-from ..linalg.sides import Diagonal, Side
 from .base import checked_damping, require_eigenpairs, require_regular
 from .diagonalised import DiagonalisedBlock
 
@@ -33,12 +32,6 @@ class DiagonalBlock(DiagonalisedBlock):
             raise ArgumentError(
                 f"{self.label}: values has shape {tuple(self.values.shape)}, expected {self.layout.matrix_shape}"
             )
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """It as the Kronecker product of the number one and all of its values."""
-        values = self.values.flatten(-2)
-        return Diagonal(values), Diagonal(torch.ones_like(values[..., :1]))
 
     def with_values(self, values: Tensor) -> DiagonalBlock:
         """Other values on the diagonal, of ``layout.matrix_shape``."""

@@ -10,27 +10,41 @@ from einops import einsum
 from torch import Tensor
 
 from ..layers.layer import Layer
-from ..layers.summed import GradientSquares
+from ..layers.summed import IDENTITIES, Bases, EigenSquares, GradientSquares
 from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
 from ..linalg.inverse import damped_inverses
 from ..linalg.ladder import Rung, read_status
-from ..linalg.sides import Side, identity_like
+from ..linalg.sides import Diagonal, Side, identity_like
 from .base import Block, Rule
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock, side_of_basis
 from .kronecker import KroneckerBlock
 
+Trained = KroneckerBlock | EigenBlock | DiagonalBlock
+"""What training keeps a layer in."""
 
-def averaged(layer: Layer, A: Tensor, G: Tensor) -> KroneckerBlock | DiagonalBlock:
-    """A layer's block from the averages of what is summed of it."""
+
+def averaged(layer: Layer, A: Tensor, G: Tensor, bases: Bases = IDENTITIES) -> Trained:
+    """A layer's block from the averages of what is summed of it, in the bases in use."""
+    if isinstance(layer.gradient_sums, EigenSquares):
+        _, squares = layer.gradient_sums.parts(G, layer.layout)
+        return EigenBlock(layer.layout, *bases, squares, layer.name)
     if isinstance(layer.gradient_sums, GradientSquares):
         return DiagonalBlock(layer.layout, G, layer.name)
     return KroneckerBlock(layer.layout, *layer.factors(A, G), name=layer.name)
 
 
+def scaling_sides(block: Trained) -> tuple[Side, Side]:
+    """Two sides whose product has the scale of the block: its own, or the number one and all of its eigenvalues."""
+    if isinstance(block, KroneckerBlock):
+        return block.sides
+    values = block.values.flatten(-2)
+    return Diagonal(values), Diagonal(torch.ones_like(values[..., :1]))
+
+
 def damped_inverses_of(
-    blocks: Mapping[str, KroneckerBlock | DiagonalBlock],
+    blocks: Mapping[str, Trained],
     dampings: Mapping[str, Tensor],
     *,
     rule: Rule,
@@ -41,8 +55,8 @@ def damped_inverses_of(
     Args:
         blocks: the blocks by layer name.
         dampings: lambda of each, shaped as the block's leading dimensions.
-        rule: 'factored' (Cholesky of the separately damped factors) or 'exact' (eigenbases of both); a diagonal has
-            its entries damped and nothing else.
+        rule: 'factored' (Cholesky of the separately damped factors) or 'exact' (eigenbases of both); what is diagonal,
+            in some basis, has its eigenvalues damped and nothing else.
         previous: the last inverses, which stand in where a factorisation fails.
 
     Returns:
@@ -50,19 +64,26 @@ def damped_inverses_of(
     """
     products = {name: block for name, block in blocks.items() if isinstance(block, KroneckerBlock)}
     inverses, rungs = (_factored if rule == "factored" else _exact)(products, dampings, previous)
-    diagonals = {name: block for name, block in blocks.items() if isinstance(block, DiagonalBlock)}
+    diagonals = {name: block for name, block in blocks.items() if not isinstance(block, KroneckerBlock)}
     of_diagonals, raised = _reciprocals(diagonals, dampings)
     found = inverses | of_diagonals
     return {name: found[name] for name in blocks}, rungs | raised
 
 
 def _reciprocals(
-    blocks: Mapping[str, DiagonalBlock], dampings: Mapping[str, Tensor]
+    blocks: Mapping[str, EigenBlock | DiagonalBlock], dampings: Mapping[str, Tensor]
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
-    damped = {name: _damped_values(block.values, 1, dampings[name]) for name, block in blocks.items()}
+    damped = {name: damped_inverse(block, dampings[name]) for name, block in blocks.items()}
     raised = read_status([flag.reshape(1) for _, flag in damped.values()])
-    found: dict[str, Block] = {name: block.with_values(damped[name][0].reciprocal()) for name, block in blocks.items()}
+    found: dict[str, Block] = {name: inverse for name, (inverse, _) in damped.items()}
     return found, {name: Rung.MORE_DAMPING if more else Rung.FIRST for name, more in zip(blocks, raised, strict=True)}
+
+
+def damped_inverse(block: EigenBlock | DiagonalBlock, damping: Tensor) -> tuple[EigenBlock | DiagonalBlock, Tensor]:
+    """(F + damping I)^-1 in the block's own basis, and a 0-d flag: some eigenvalues had to be raised beyond that."""
+    side = side_of_basis(block.basis_A, block.basis_G) if isinstance(block, EigenBlock) else 1
+    values, raised = damped_values(block.values, side, damping)
+    return block.with_values(values.reciprocal()), raised
 
 
 def _factored(
@@ -93,7 +114,7 @@ def _exact(
     bases, rungs = eigenbases([matrix for block in blocks.values() for matrix in block.sides])
     ended = _higher(blocks, rungs)
     pairs = dict(zip(blocks, zip(bases[::2], bases[1::2], strict=True), strict=True))
-    damped = {name: _damped_values(*_values(*pair), dampings[name]) for name, pair in pairs.items()}
+    damped = {name: damped_values(*product_values(*pair), dampings[name]) for name, pair in pairs.items()}
     raised = read_status([flag.reshape(1) for _, flag in damped.values()])
     found: dict[str, Block] = {}
     for (name, block), more in zip(blocks.items(), raised, strict=True):
@@ -110,12 +131,12 @@ def _exact(
     return found, ended
 
 
-def _values(of_A: Eigenbasis, of_G: Eigenbasis) -> tuple[Tensor, int]:
+def product_values(of_A: Eigenbasis, of_G: Eigenbasis) -> tuple[Tensor, int]:
     """The eigenvalues of G (x) A, and the side whose round-off they carry."""
     return einsum(of_G[0], of_A[0], "... o, ... i -> ... o i"), side_of_basis(of_A[1], of_G[1])
 
 
-def _damped_values(values: Tensor, size: int, damping: Tensor) -> tuple[Tensor, Tensor]:
+def damped_values(values: Tensor, size: int, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., o, i] with the damping added, and a 0-d flag: some had to be raised beyond what was asked."""
     # With no damping an eigenvalue that is zero but for round-off must not become an infinite step. A block that is
     # all zero has no scale of its own: one leaves its gradient as it is.

@@ -1,0 +1,55 @@
+"""Which layers' inverses are refreshed at a step, by a schedule: all together, one by one, or those that have moved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from .checks import is_whole
+from .costs import Costing, refresh_flops
+from .damping import DampingNow
+from .layers.layer import Layer
+from .schedules import Adaptive, Clock, Schedule
+from .sharing import Shared
+
+
+class Refreshes:
+    """The refreshes of some layers.
+
+    Args:
+        schedule: says when.
+        layers: by name.
+        costing: what their costs depend on.
+    """
+
+    def __init__(self, schedule: Schedule, layers: Mapping[str, Layer], costing: Costing) -> None:
+        self._schedule = schedule
+        self._change = schedule.inverses.change if isinstance(schedule.inverses, Adaptive) else None
+        self._of_all = not schedule.stagger and self._change is None
+        self._period = schedule.inverses if is_whole(schedule.inverses) else 1
+        self._at: dict[int, list[str]] = defaultdict(list)
+        for name, step in schedule.offsets(
+            {name: refresh_flops(layer, costing) for name, layer in layers.items()}
+        ).items():
+            self._at[step].append(name)
+
+    def now(self, shared: Shared, clock: Clock, damping: DampingNow) -> None:
+        """Do what this step has to do.
+
+        A layer at a step of its own is refreshed whether or not the step will count: of a step that is taken back
+        nothing was taken in, so that the next one does the same again.
+
+        Raises:
+            LikelihoodError, NumericalError: as ``Factors.refresh`` does.
+        """
+        schedule, step, first = self._schedule, clock.at_most, not shared.factors.inverted
+        everything = self._of_all or schedule.warming(step)
+        due = clock.inverses_due()
+        if due or shared.factors.waiting:
+            only = () if self._change is None else shared.factors.changed(self._change)
+            shared.refresh(damping, only=None if everything else only)
+            if self._change is not None:
+                shared.factors.remember()
+        shared.factors.rescale(damping)
+        if not (first or (due and everything)):
+            shared.factors.refresh_unread(self._at.get(step % self._period, ()), damping)

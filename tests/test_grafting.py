@@ -1,0 +1,143 @@
+"""Grafting: each layer's step as long as another method's, in its own direction."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfac_cond as kc
+from kfac_cond.gradients import trust_region_scale
+from kfac_cond.trust_region import LayerUpdate
+
+from .reference import assert_same
+from .training import HostReads, batches, network, parameters_of, train, wrapped
+
+MAGNITUDES = ["sgd", "adam", "adagrad"]
+
+
+def plain_and_preconditioned(model: nn.Module, data: list, graft: kc.Graft | None) -> list[list[tuple[Tensor, Tensor]]]:
+    """By step and layer, the plain and the preconditioned gradient as the layer's matrix; parameters stay."""
+    kfac = kc.KFAC(model, "categorical", damping=0.1, trust_region=graft, data=kc.Data(seed=2))
+    found = []
+    for inputs, labels in data:
+        model.zero_grad()
+        outputs = model(inputs)
+        kfac.update(outputs)
+        nn.functional.cross_entropy(outputs, labels).backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters()}
+        kfac.precondition()
+        after = {name: p.grad for name, p in model.named_parameters()}
+        layouts = [layer.layout for layer in kfac.layers.values()]
+        found.append([(one.to_matrix(before), one.to_matrix(after).clone()) for one in layouts])
+    kfac.remove()
+    return found
+
+
+def norm_by_formula(magnitude: str, gradients: list[Tensor]) -> Tensor:
+    """|m| at the last of some gradients."""
+    g = gradients[-1]
+    if magnitude == "sgd":
+        return g.norm()
+    if magnitude == "adagrad":
+        return (g / (sum(one.square() for one in gradients).sqrt() + 1e-8)).norm()
+    v, steps = torch.zeros_like(g), len(gradients)
+    for one in gradients:
+        v = 0.9 * v + 0.1 * one.square()
+    return (g / ((v / (1 - 0.9**steps)).sqrt() + 1e-8)).norm()
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_the_norm_is_that_of_the_other_method_and_the_direction_its_own(magnitude):
+    model, data = network(), batches(4)
+    plain = plain_and_preconditioned(model, data, None)
+    grafted = plain_and_preconditioned(model, data, kc.Graft(magnitude, beta=0.9))
+    for layer in range(2):
+        gradients = [step[layer][0] for step in plain]
+        for step in range(4):
+            direction, found = plain[step][layer][1], grafted[step][layer][1]
+            wanted = norm_by_formula(magnitude, gradients[: step + 1])
+            assert_same(found, direction * wanted / direction.norm())
+
+
+def test_adam_s_norm_is_that_of_torch_without_momentum():
+    """At a rate of one, torch's own step is m."""
+    (step,) = plain_and_preconditioned(network(), batches(1), kc.Graft("adam"))
+    weight = nn.Parameter(torch.zeros_like(step[0][0]))
+    weight.grad = step[0][0].clone()
+    torch.optim.Adam([weight], lr=1.0, betas=(0.0, 0.999)).step()
+    assert_same(step[0][1].norm(), weight.detach().norm())
+
+
+def test_an_update_that_is_zero_stays_so():
+    zero = LayerUpdate(torch.zeros(2, 2), torch.zeros(2, 2), 0.1, "a")
+    assert kc.Graft("sgd").scale([zero]) == [1.0]
+
+
+def test_a_gradient_that_overflowed_does_not_stay():
+    graft, fine = kc.Graft("adam"), torch.ones(2)
+    graft.scale([LayerUpdate(fine, fine, 0.1, "a")])
+    before = copy.deepcopy(graft.state_dict()["layers"]["a"])
+    graft.scale([LayerUpdate(fine * torch.inf, fine, 0.1, "a")])
+    after = graft.state_dict()["layers"]["a"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_gradient_scaler_changes_nothing():
+    """A fused optimizer is handed scaled gradients: the norms are of those without."""
+    scaled = {"a": LayerUpdate(torch.full((2,), 8.0), torch.full((2,), 8.0), 0.1, "a")}
+    (factor,) = trust_region_scale(kc.Graft("adam", eps=1.0), scaled, torch.tensor(8.0))
+    (expected,) = kc.Graft("adam", eps=1.0).scale([LayerUpdate(torch.ones(2), torch.ones(2), 0.1, "a")])
+    assert_same(factor, expected)
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_it_reads_nothing(magnitude):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = kc.Schedule(factors=4, inverses=4)
+    kfac, criterion = wrapped(model, optimizer, trust_region=kc.Graft(magnitude), schedule=schedule)
+    train(model, criterion, optimizer, batches(1))
+    with HostReads() as reads:
+        train(model, criterion, optimizer, batches(2))
+    assert reads.count == 0
+    assert kfac.metrics()["kfac/trust_region_scale"].ndim == 0
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_a_resumed_run_is_the_same_to_the_last_bit(magnitude):
+    data = batches(8)
+
+    def made():
+        torch.manual_seed(0)
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return model, optimizer, *wrapped(model, optimizer, trust_region=kc.Graft(magnitude))
+
+    model, optimizer, kfac, criterion = made()
+    train(model, criterion, optimizer, data[:3])
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(kfac.state_dict())
+    train(model, criterion, optimizer, data[3:])
+    again, optimizer, other, criterion = made()
+    again.load_state_dict(weights)
+    other.load_state_dict(state)
+    train(again, criterion, optimizer, data[3:])
+    assert torch.equal(parameters_of(again), parameters_of(model))
+
+
+def test_a_state_of_another_magnitude_is_refused():
+    one = kc.KFAC(network(), "categorical", trust_region=kc.Graft("adam"))
+    other = kc.KFAC(network(), "categorical", trust_region=kc.Graft("sgd"))
+    with pytest.raises(kc.StateError, match="a Graft of 'adam', this one is of 'sgd'"):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"magnitude": "lion"}, "expected one of sgd"), ({"beta": 1.0}, r"beta=1\.0"), ({"eps": 0.0}, r"eps=0\.0")],
+)
+def test_what_makes_no_graft_is_refused(given, message):
+    with pytest.raises(kc.ArgumentError, match=message):
+        kc.Graft(**given)
