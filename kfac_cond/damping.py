@@ -50,6 +50,10 @@ class Damping:
         """The number at ``step``."""
         return _checked(self.value(step), f"damping at step {step}") if callable(self.value) else self.value
 
+    def described(self, step: int) -> str:
+        """The number at ``step`` and how it is added, in words."""
+        return f"{self.at(step):g} ({self.rule}{', relative' if self.relative else ''})"
+
     def of(self, A: Side, G: Side, *, step: int, override: float | None = None) -> Tensor:
         """lambda of one block as a tensor of its leading shape; ``override`` is the layer's own number."""
         value = self.at(step) if override is None else override

@@ -316,6 +316,15 @@ class Factors:
             inverted=self.inverses.keys(),
         )
 
+    def metrics(self) -> dict[str, int]:
+        """What failed or waits, as numbers for a logger."""
+        return {
+            "kfac/skipped_captures": self.health.skipped_captures,
+            "kfac/failed_layers": sum(count > 0 for count in self.health.failures.values()),
+            "kfac/unsettled_layers": len(self.health.unsettled),
+            "kfac/plain_layers": len(self.layers) - len(self.inverted),
+        }
+
     def summary(self) -> list[str]:
         """What there is, in words."""
         return [

@@ -98,6 +98,11 @@ def trust_region_scale(
     return trust_region.scale(seen)
 
 
+def mean_scale(scale: Tensor | Sequence[Tensor]) -> Tensor:
+    """The factor of a trust region, or the mean of those of all layers, 0-d."""
+    return scale if isinstance(scale, Tensor) else torch.stack(list(scale)).mean()
+
+
 def write(
     layers: Mapping[str, Layer],
     gradients: Mapping[str, dict[str, Tensor]],

@@ -18,7 +18,7 @@ from .damping import Damping, DampingNow, as_damping
 from .data import Data
 from .distributed import Plan, PlanTable, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
-from .gradients import gradients_of, trust_region_scale, updates_of, write
+from .gradients import gradients_of, mean_scale, trust_region_scale, updates_of, write
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
@@ -160,14 +160,10 @@ class KFAC:
         metrics: dict[str, Any] = {
             "kfac/step": self._clock.at_most,
             "kfac/damping": self.damping.at(self._clock.at_most),
-            "kfac/skipped_captures": self._shared.factors.health.skipped_captures,
-            "kfac/failed_layers": sum(count > 0 for count in self._shared.factors.health.failures.values()),
-            "kfac/unsettled_layers": len(self._shared.factors.health.unsettled),
-            "kfac/plain_layers": len(self.layers) - len(self._shared.factors.inverted),
+            **self._shared.factors.metrics(),
         }
         if self._scale is not None:
-            one = isinstance(self._scale, Tensor)
-            metrics["kfac/trust_region_scale"] = self._scale if one else torch.stack(list(self._scale)).mean()
+            metrics["kfac/trust_region_scale"] = mean_scale(self._scale)
         return metrics
 
     def fisher(self) -> Fisher:
@@ -195,8 +191,7 @@ class KFAC:
             f"KFAC of {type(self._wrapped.model).__name__}: {len(self.layers)} layers, {100 * table.share:.1f} % of "
             f"{table.parameters:,} trainable numbers",
             f"likelihood {listener.likelihood!r}, {self._intake.source}",
-            f"damping {self.damping.at(step):g} ({self.damping.rule}{', relative' if self.damping.relative else ''}); "
-            f"{self.schedule}",
+            f"damping {self.damping.described(step)}; {self.schedule}",
             f"step {step}, {mode}{', paused' if self._paused else ''}",
             *self._shared.factors.summary(),
         )
