@@ -147,7 +147,8 @@ def printed(one: Network, costs: Sequence[Cost]) -> str:
     capturing = max(row.capturing_bytes for row in costs)
     said = (
         f"{one.name}, {CASES[one.name].said} a rank: forward and backward {in_flops(one.plain_flops)}, a capture "
-        f"{in_flops(one.capture_flops)} and, until it is taken in, {in_bytes(capturing)} on every rank"
+        f"{in_flops(one.capture_flops)}; its sums and the buffer they are sent in take {in_bytes(capturing)} on every "
+        f"rank"
     )
     return f"{fitted(said)}\n{table(head, rows, [''] * len(rows), right=range(1, len(head)))}"
 
