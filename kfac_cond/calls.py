@@ -15,24 +15,30 @@ from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer
 from .layers.replay import Replay
+from .layers.shards import gathered_for_calls, is_sharded
 
 
 class OwnTensors:
     """Tells the calls of layers on their own parameters from those on tensors that stand in for them.
 
     ``torch.func.functional_call`` puts others in their places for one call: those of another model, or computed ones.
+    ``fully_shard`` puts its own there at each call, over whatever else there is.
 
     Args:
+        model: whose layers they are.
         layers: as they were wrapped, by name.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self._layers = layers
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
+        self._model, self._layers = model, layers
         self._own = {name: _identities(layer) for name, layer in layers.items()}
+        self._gathered = gathered_for_calls(model.modules())
 
     def at(self, layer: Layer) -> bool:
         """Whether this layer has its own parameters now."""
-        return _identities(layer) == self._own[layer.name]
+        return _identities(layer) == self._own[layer.name] or all(
+            module in self._gathered for module, _ in layer.places.values()
+        )
 
     def everywhere(self) -> bool:
         """Whether all layers have.
@@ -41,6 +47,9 @@ class OwnTensors:
             ModelChangedError: one has other parameters, which may be there for good.
         """
         replaced = [layer for layer in self._layers.values() if not self.at(layer)]
+        if replaced:
+            self._gathered = gathered_for_calls(self._model.modules())
+            replaced = [layer for layer in replaced if not self.at(layer)]
         for layer in replaced:
             if all(isinstance(one, nn.Parameter) for one in layer.held):
                 layer.check_unchanged()
@@ -54,6 +63,24 @@ class OwnTensors:
 
 def _identities(layer: Layer) -> tuple[int, ...]:
     return tuple(map(id, layer.held))
+
+
+class Leaves:
+    """What the graph has in place of layers' parameters: these, or of sharded ones the whole, as the last call had."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, Mapping[str, Tensor]] = {}
+
+    def note(self, layer: Layer) -> None:
+        """Keep what the layer has now, where that is whole; called while its module is."""
+        now = layer.parameters
+        if not any(map(is_sharded, now.values())):
+            self._whole[layer.name] = now
+
+    def of(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The leaves by the names of the parameters."""
+        now = layer.parameters
+        return self._whole.get(layer.name, now) if any(map(is_sharded, now.values())) else now
 
 
 class Arrival:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backwards import Backwards
-from .calls import Call, OwnTensors, Replays, by_call, ends_of
+from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of
 from .errors import CaptureError
 from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
@@ -84,8 +84,9 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
-        self._backwards = Backwards(model, self._universal, wanted)
-        self._own = OwnTensors(layers)
+        self._leaves = Leaves()
+        self._backwards = Backwards(model, self._universal, wanted, self._leaves)
+        self._own = OwnTensors(model, layers)
         #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
         self._recording = self._foreign = False
 
@@ -133,7 +134,8 @@ class Capture:
         return self.listening() and self._own.at(layer)
 
     def _called(self, layer: Layer, *_: object) -> None:
-        """Refuse the call of a module that holds a parameter of the layer, where the graph leads past it."""
+        """Note a call of a module that holds a parameter of the layer; refuse it where the graph leads past it."""
+        self._leaves.note(layer)
         if self._recording and in_custom_function():
             raise hidden(layer.name)
 
@@ -311,7 +313,8 @@ class Capture:
     def used_functionally(self, outputs: Iterable[Tensor]) -> set[str]:
         """The layers that the forwards held use otherwise than by calls of their modules."""
         entries = [pair for forward in (*self.waiting, *self.spent) for pair in forward.entries.items()]
-        return used_functionally(self.layers, [(name, use.call) for name, one in entries for use in one.uses], outputs)
+        calls = [(name, use.call) for name, one in entries for use in one.uses]
+        return used_functionally(self.layers, calls, outputs, self._leaves.of)
 
     def inputs(self) -> dict[str, LayerSums]:
         """The sums of the inputs of all forwards that wait, with a zero for G: nothing is sent back."""

@@ -1,0 +1,136 @@
+"""Models that ``fully_shard`` cut into shards train as one process does; their own gradients are left to the last bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import kfac_cond as kc
+
+from ..reference import assert_same
+from . import cases
+from .spawn import run
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+WORLD = 2
+EVERY = ("mixed", "tkfac", "diagonal", "exact damping", "clipped", "heads", "raw", "tokens", "accumulated")
+#: How a model is sharded: what besides the whole, what is let go after the forward, and whether KFAC comes first.
+WAYS: dict[str, dict[str, bool]] = {
+    "blocks": {"blocks": True, "reshard": True, "wrapped": False},
+    "kept": {"blocks": True, "reshard": False, "wrapped": False},
+    "wrapped first": {"blocks": True, "reshard": True, "wrapped": True},
+    "whole": {"blocks": False, "reshard": True, "wrapped": False},
+}
+RUNS = [
+    *((name, "blocks", strategy) for name in EVERY for strategy in ("replicate", "shard")),
+    *((name, way, "shard") for name in ("mixed", "raw", "accumulated") for way in WAYS if way != "blocks"),
+    ("functional", "whole", "replicate"),
+]
+
+
+def sharded(model: nn.Module, *, blocks: bool, reshard: bool) -> None:
+    """Each child by itself, and the rest with the whole; or all of it at once."""
+    from torch.distributed.fsdp import fully_shard
+
+    for child in model.children() if blocks else ():
+        fully_shard(child, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+
+
+class Run(cases.Run):
+    """A sharded model in training, with its K-FAC attached, or without one."""
+
+    def __init__(self, case: cases.Case, way: str, *, with_kfac: bool = True) -> None:
+        torch.manual_seed(3)
+        self.case, self.model = case, case.model()
+        self.called = self.model
+        options = {"damping": 0.1, "schedule": kc.Schedule(factors=1, inverses=2, decay=0.6), **case.options}
+        blocks, reshard, wrapped = WAYS[way].values()
+        if not wrapped:
+            sharded(self.model, blocks=blocks, reshard=reshard)
+        if with_kfac:
+            self.kfac = kc.KFAC(self.model, case.likelihood(), data=kc.Data(seed=5), **options)
+        if wrapped:
+            sharded(self.model, blocks=blocks, reshard=reshard)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=cases.RATE)
+        if with_kfac:
+            self.kfac.attach(self.optimizer)
+
+    def gradients(self, number: int, rank: int) -> None:
+        """Leave the gradients of one step."""
+        x, y, drawn = cases.data(number)
+        self.optimizer.zero_grad()
+        micro = cases.pieces(cases.shards(WORLD)[rank], self.case.micro)
+        for index, rows in enumerate(micro):
+            self.model.set_requires_gradient_sync(index == len(micro) - 1)
+            outputs = self.model(x[rows])
+            if hasattr(self, "kfac"):
+                cases.tell(self.case, self.kfac, outputs, y[rows], drawn[rows], torch.arange(cases.N)[rows])
+            loss = nn.functional.cross_entropy(outputs, y[rows], reduction="sum") / cases.N * WORLD
+            loss.backward()
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().full_tensor().clone() for name, p in self.model.named_parameters()}
+
+
+def trained(name: str, way: str, strategy: Any, rank: int) -> dict[str, Any]:
+    own = Run(cases.CASES[name], way)
+    own.kfac.distribute(kc.Plan(strategy=strategy))
+    for number in range(cases.STEPS):
+        own.gradients(number, rank)
+        own.optimizer.step()
+    ended = own.ended()
+    table = {row.path: row.reason for row in own.kfac.coverage().rows}
+    return {**ended, "parameters": own.whole(), "rows": table}
+
+
+def untouched(name: str, way: str, rank: int) -> bool:
+    """Whether the gradients of a step with a capture in it are those without one, to the last bit."""
+    found = []
+    for with_kfac in (True, False):
+        own = Run(cases.CASES[name], way, with_kfac=with_kfac)
+        own.gradients(0, rank)
+        found.append([None if p.grad is None else p.grad.to_local() for p in own.model.parameters()])
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def work(rank: int, world: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {key: trained(*key, rank) for key in RUNS}
+    for name in ("mixed", "raw", "accumulated"):
+        for way in WAYS:
+            found["untouched", name, way] = untouched(name, way, rank)
+    return found
+
+
+@cache
+def results() -> list[dict[Any, Any]]:
+    return run(work, WORLD)
+
+
+@cache
+def one_process(case: str) -> dict[str, Any]:
+    return cases.alone(cases.CASES[case], WORLD)
+
+
+@pytest.mark.parametrize(("case", "way", "strategy"), RUNS)
+def test_shards_train_as_one_process_does(case, way, strategy):
+    expected = one_process(case)
+    for result in results():
+        found = result[case, way, strategy]
+        assert found["plain"] == expected["plain"]
+        assert found["fisher"].keys() == expected["fisher"].keys()
+        for name, block in expected["fisher"].items():
+            assert_same(found["fisher"][name], block)
+        for name, parameter in expected["parameters"].items():
+            assert_same(found["parameters"][name], parameter)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ["mixed", "raw", "accumulated"])
+def test_a_capture_leaves_the_gradients_to_the_last_bit(case, way):
+    assert all(result["untouched", case, way] for result in results())
