@@ -25,6 +25,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
+from .layers.shards import gathering
 from .layers.sharing import both, kept
 from .statistics import LayerSums
 
@@ -98,6 +99,11 @@ class Capture:
 
         root = self.model
         self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True)]
+        for module in gathering(root.modules()):
+            # Between its own hooks and its children's calls: what it holds is whole, whoever takes it.
+            inner = set(module.modules())
+            held = [one for one in self.layers.values() if any(at in inner for at, _ in one.places.values())]
+            self._handles.append(module.register_forward_pre_hook(hook(partial(self._gathered, held))))
         for module, parts in layers_by_module(self.layers).items():
             listen = self._layer
             if isinstance(kind_of(module), CompoundKind):
@@ -138,6 +144,12 @@ class Capture:
         self._leaves.note(layer)
         if self._recording and in_custom_function():
             raise hidden(layer.name)
+
+    def _gathered(self, layers: Iterable[Layer], *_: object) -> None:
+        """Note what the graph will have of layers whose module may not be called itself."""
+        if self._recording:
+            for layer in layers:
+                self._leaves.note(layer)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._foreign = False
