@@ -177,12 +177,23 @@ def ends_of(outputs: Any) -> list[GradientEdge]:
 
 def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
     """The gradient of a parameter in the universal form, seen to be one that can be squared."""
+    if is_sharded(gradient):
+        raise in_shards(layer)
     if gradient.layout is not torch.strided:
         raise CaptureError(
             f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
             f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
         )
     return gradient
+
+
+def in_shards(layer: Layer) -> CaptureError:
+    """The error for a layer that computes with shards."""
+    return CaptureError(
+        f"layer '{layer.name}' computes with a DTensor: each rank sees a part of it alone, and no factor of the layer "
+        f"is to be had of that. Expected a layer that fully_shard has whole in every call; exclude it with "
+        f"rules={{'{layer.name}': dict(exclude=True)}}."
+    )
 
 
 class Replays:

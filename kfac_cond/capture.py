@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backwards import Backwards
-from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of
+from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of, in_shards
 from .errors import CaptureError
 from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
@@ -25,7 +25,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
-from .layers.shards import gathering
+from .layers.shards import gathering, is_sharded
 from .layers.sharing import both, kept
 from .statistics import LayerSums
 
@@ -137,7 +137,11 @@ class Capture:
     def _hears(self, layer: Layer) -> bool:
         """Whether a call of this layer at this moment is captured."""
         self._called(layer)
-        return self.listening() and self._own.at(layer)
+        if not (self.listening() and self._own.at(layer)):
+            return False
+        if any(map(is_sharded, layer.held)):
+            raise in_shards(layer)
+        return True
 
     def _called(self, layer: Layer, *_: object) -> None:
         """Note a call of a module that holds a parameter of the layer; refuse it where the graph leads past it."""

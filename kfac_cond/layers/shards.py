@@ -43,12 +43,12 @@ def of_data_parallel(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """A plain tensor itself; the part of a DTensor that is here."""
-    return x.detach().to_local() if is_sharded(x) else x  # type: ignore[attr-defined, no-any-return]
+    return x.detach().to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def whole(x: Tensor) -> Tensor:
     """A plain tensor itself; a DTensor brought together, which all ranks of its mesh call."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined, no-any-return]
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def check_placements(name: str, gradient: Tensor) -> None:
@@ -75,6 +75,12 @@ def write_into(gradient: Tensor, new: Tensor) -> None:
         new = distribute_tensor(new.to(gradient.dtype), mesh, placements, src_data_rank=None).to_local()
         gradient = gradient.to_local()  # type: ignore[attr-defined]
     gradient.copy_(new)
+
+
+def hold_shards(model: nn.Module) -> None:
+    """Have the modules hold their shards again, which are what an optimizer steps, where a backward left them whole."""
+    for module in gathering(model.modules()):
+        module.reshard()
 
 
 @contextmanager

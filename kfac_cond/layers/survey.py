@@ -268,8 +268,8 @@ def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[st
     reason, remedy = _as_diagonals(layer)
     if layer.modules:
         remarks = dict.fromkeys(layer.kind.remark(module, layer.sharing) for module in layer.modules)
-        said = (*_tied(places, "their uses count as positions of one layer"), *remarks, reason, _as_shards(parameter))
-        reason = "; ".join(filter(None, said))
+        tied = _tied(places, "their uses count as positions of one layer")
+        reason = "; ".join(filter(None, (*tied, *remarks, reason, _as_shards(parameter))))
         return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
     said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
     reason = "; ".join(filter(None, (said, reason, _as_shards(parameter))))

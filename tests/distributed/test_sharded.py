@@ -1,4 +1,4 @@
-"""Models that ``fully_shard`` cut into shards train as one process does; their own gradients are left to the last bit."""
+"""Models that ``fully_shard`` cut train as one process does, and their gradients are left to the last bit."""
 
 from __future__ import annotations
 
@@ -99,11 +99,55 @@ def untouched(name: str, way: str, rank: int) -> bool:
     return all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def stepped_whole(rank: int) -> dict[str, torch.Tensor]:
+    """A step after a backward that leaves the parameters whole."""
+    own = Run(cases.CASES["mixed"], "blocks")
+    own.model.set_reshard_after_backward(False)
+    own.gradients(0, rank)
+    own.optimizer.step()
+    return own.whole()
+
+
+def refused(rank: int) -> dict[str, str]:
+    """What is said of what is not covered: FSDP1, tensor parallel, a gradient that is a part of a sum."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    found = {}
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2), nn.Linear(2, 3))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    found["tensor parallel"] = {row.path: (row.covered, row.reason) for row in kc.coverage(model).rows}
+    try:
+        kc.KFAC(model[:3], "categorical")
+    except kc.CoverageError as error:
+        found["all of it"] = str(error)
+    own = Run(cases.CASES["mixed"], "blocks")
+    own.gradients(0, rank)
+    weight = own.model.out.weight
+    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial()])
+    before = own.model.inner.weight.grad.to_local().clone()
+    try:
+        own.optimizer.step()
+    except kc.ArgumentError as error:
+        found["partial"] = str(error)
+    found["unchanged"] = torch.equal(own.model.inner.weight.grad.to_local(), before)
+    flat = FullyShardedDataParallel(nn.Linear(6, 3), device_id=torch.device("cpu"))
+    try:
+        kc.KFAC(flat, "categorical")
+    except kc.CoverageError as error:
+        found["FSDP1"] = str(error)
+    return found
+
+
 def work(rank: int, world: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {key: trained(*key, rank) for key in RUNS}
     for name in ("mixed", "raw", "accumulated"):
         for way in WAYS:
             found["untouched", name, way] = untouched(name, way, rank)
+    found["stepped whole"], found["refused"] = stepped_whole(rank), refused(rank)
     return found
 
 
@@ -134,3 +178,41 @@ def test_shards_train_as_one_process_does(case, way, strategy):
 @pytest.mark.parametrize("case", ["mixed", "raw", "accumulated"])
 def test_a_capture_leaves_the_gradients_to_the_last_bit(case, way):
     assert all(result["untouched", case, way] for result in results())
+
+
+def test_a_backward_that_leaves_parameters_whole_is_followed_by_the_same_step():
+    own = cases.Run(cases.CASES["mixed"], distributed=False)
+    own.step(0, cases.shards(WORLD), world=1)
+    for result in results():
+        for name, parameter in own.model.named_parameters():
+            assert_same(result["stepped whole"][name], parameter.detach())
+
+
+def test_the_table_says_how_a_sharded_parameter_is_covered():
+    rows = results()[0]["raw", "blocks", "shard"]["rows"]
+    assert all("its gradient is brought together" in reason for reason in rows.values())
+    assert rows["scale"].startswith("universal form")
+
+
+def test_tensor_parallel_layers_are_named():
+    found = results()[0]["refused"]
+    assert {path: covered for path, (covered, _) in found["tensor parallel"].items()} == {
+        "0.weight": False,
+        "0.bias": False,
+        "2.weight": False,
+        "2.bias": False,
+        "3.weight": True,
+        "3.bias": True,
+    }
+    assert "its weight is a sharded DTensor, (Shard(dim=0),)" in found["tensor parallel"]["0.weight"][1]
+    assert "no layer that KFAC covers (0.weight: its weight is a sharded DTensor" in found["all of it"]
+
+
+def test_a_gradient_that_is_part_of_a_sum_is_refused_before_anything_is_written():
+    for result in results():
+        assert "the gradient of 'out.weight' is a DTensor with placements" in result["refused"]["partial"]
+        assert result["refused"]["unchanged"]
+
+
+def test_the_first_fsdp_is_refused_with_what_to_use():
+    assert "use torch.distributed.fsdp.fully_shard (FSDP2)" in results()[0]["refused"]["FSDP1"]
