@@ -250,10 +250,9 @@ def _refusal(weight: Tensor, places: list[Use]) -> tuple[str, str] | None:
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}", "use a real floating-point weight"
     if is_sharded(weight) and not (of_data_parallel(weight) and all(use.gathered for use in places)):
-        placed = f"{tuple(weight.placements)} on a mesh of {weight.device_mesh.ndim} dimensions"  # type: ignore[attr-defined]
         return (
-            f"its weight is a sharded DTensor, {placed}",
-            "shard it with fully_shard alone, and give KFAC the module that was sharded; or train with DDP",
+            "its weight is a sharded DTensor",
+            "shard it with fully_shard alone, and give KFAC the module that was sharded; or train it with DDP",
         )
     if not weight.numel():
         return "it has no entries", ""

@@ -33,30 +33,30 @@ RUNS = [
 ]
 
 
-def sharded(model: nn.Module, *, blocks: bool, reshard: bool) -> None:
+def sharded(model: nn.Module, *, blocks: bool, reshard: bool, **options: Any) -> None:
     """Each child by itself, and the rest with the whole; or all of it at once."""
     from torch.distributed.fsdp import fully_shard
 
     for child in model.children() if blocks else ():
-        fully_shard(child, reshard_after_forward=reshard)
-    fully_shard(model, reshard_after_forward=reshard)
+        fully_shard(child, reshard_after_forward=reshard, **options)
+    fully_shard(model, reshard_after_forward=reshard, **options)
 
 
 class Run(cases.Run):
     """A sharded model in training, with its K-FAC attached, or without one."""
 
-    def __init__(self, case: cases.Case, way: str, *, with_kfac: bool = True) -> None:
+    def __init__(self, case: cases.Case, way: str, *, with_kfac: bool = True, **sharding: Any) -> None:
         torch.manual_seed(3)
         self.case, self.model = case, case.model()
         self.called = self.model
         options = {"damping": 0.1, "schedule": kc.Schedule(factors=1, inverses=2, decay=0.6), **case.options}
         blocks, reshard, wrapped = WAYS[way].values()
         if not wrapped:
-            sharded(self.model, blocks=blocks, reshard=reshard)
+            sharded(self.model, blocks=blocks, reshard=reshard, **sharding)
         if with_kfac:
             self.kfac = kc.KFAC(self.model, case.likelihood(), data=kc.Data(seed=5), **options)
         if wrapped:
-            sharded(self.model, blocks=blocks, reshard=reshard)
+            sharded(self.model, blocks=blocks, reshard=reshard, **sharding)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=cases.RATE)
         if with_kfac:
             self.kfac.attach(self.optimizer)
@@ -65,21 +65,21 @@ class Run(cases.Run):
         """Leave the gradients of one step."""
         x, y, drawn = cases.data(number)
         self.optimizer.zero_grad()
-        micro = cases.pieces(cases.shards(WORLD)[rank], self.case.micro)
+        micro = cases.pieces(cases.shards(dist.get_world_size())[rank], self.case.micro)
         for index, rows in enumerate(micro):
             self.model.set_requires_gradient_sync(index == len(micro) - 1)
             outputs = self.model(x[rows])
             if hasattr(self, "kfac"):
                 cases.tell(self.case, self.kfac, outputs, y[rows], drawn[rows], torch.arange(cases.N)[rows])
-            loss = nn.functional.cross_entropy(outputs, y[rows], reduction="sum") / cases.N * WORLD
+            loss = nn.functional.cross_entropy(outputs, y[rows], reduction="sum") / cases.N * dist.get_world_size()
             loss.backward()
 
     def whole(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().full_tensor().clone() for name, p in self.model.named_parameters()}
 
 
-def trained(name: str, way: str, strategy: Any, rank: int) -> dict[str, Any]:
-    own = Run(cases.CASES[name], way)
+def trained(name: str, way: str, strategy: Any, rank: int, **sharding: Any) -> dict[str, Any]:
+    own = Run(cases.CASES[name], way, **sharding)
     own.kfac.distribute(kc.Plan(strategy=strategy))
     for number in range(cases.STEPS):
         own.gradients(number, rank)
@@ -151,27 +151,51 @@ def work(rank: int, world: int) -> dict[Any, Any]:
     return found
 
 
+def on_four(rank: int, world: int) -> dict[str, Any]:
+    """More ranks than a parameter has rows, so that shards are empty; and shards that are repeated on a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("repeated", "cut"))
+    return {
+        "empty": trained("mixed", "blocks", "shard", rank),
+        "repeated": trained("mixed", "blocks", 0.5, rank, mesh=mesh),
+    }
+
+
+@cache
+def four() -> list[dict[str, Any]]:
+    return run(on_four, 4)
+
+
 @cache
 def results() -> list[dict[Any, Any]]:
     return run(work, WORLD)
 
 
 @cache
-def one_process(case: str) -> dict[str, Any]:
-    return cases.alone(cases.CASES[case], WORLD)
+def one_process(case: str, world: int = WORLD) -> dict[str, Any]:
+    return cases.alone(cases.CASES[case], world)
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["plain"] == expected["plain"]
+    assert found["fisher"].keys() == expected["fisher"].keys()
+    for name, block in expected["fisher"].items():
+        assert_same(found["fisher"][name], block)
+    for name, parameter in expected["parameters"].items():
+        assert_same(found["parameters"][name], parameter)
 
 
 @pytest.mark.parametrize(("case", "way", "strategy"), RUNS)
 def test_shards_train_as_one_process_does(case, way, strategy):
-    expected = one_process(case)
     for result in results():
-        found = result[case, way, strategy]
-        assert found["plain"] == expected["plain"]
-        assert found["fisher"].keys() == expected["fisher"].keys()
-        for name, block in expected["fisher"].items():
-            assert_same(found["fisher"][name], block)
-        for name, parameter in expected["parameters"].items():
-            assert_same(found["parameters"][name], parameter)
+        compare(result[case, way, strategy], one_process(case))
+
+
+@pytest.mark.parametrize("how", ["empty", "repeated"])
+def test_shards_of_four_ranks_train_as_one_process_does(how):
+    for result in four():
+        compare(result[how], one_process("mixed", 4))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -204,7 +228,7 @@ def test_tensor_parallel_layers_are_named():
         "3.weight": True,
         "3.bias": True,
     }
-    assert "its weight is a sharded DTensor, (Shard(dim=0),)" in found["tensor parallel"]["0.weight"][1]
+    assert found["tensor parallel"]["0.weight"][1] == "its weight is a sharded DTensor"
     assert "no layer that KFAC covers (0.weight: its weight is a sharded DTensor" in found["all of it"]
 
 
