@@ -36,9 +36,11 @@ class OwnTensors:
 
     def at(self, layer: Layer) -> bool:
         """Whether this layer has its own parameters now."""
-        return _identities(layer) == self._own[layer.name] or all(
-            module in self._gathered for module, _ in layer.places.values()
-        )
+        return _identities(layer) == self._own[layer.name] or self.gathered(layer)
+
+    def gathered(self, layer: Layer) -> bool:
+        """Whether this layer has its parameters whole for its calls alone."""
+        return all(module in self._gathered for module, _ in layer.places.values())
 
     def everywhere(self) -> bool:
         """Whether all layers have.
@@ -209,7 +211,14 @@ class Replays:
             self._states[module] = random_state(next(module.parameters()).device)
 
     def after(
-        self, module: nn.Module, parts: Container[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        self,
+        module: nn.Module,
+        parts: Container[str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        *,
+        gathered: bool,
     ) -> tuple[Call, Replay] | None:
         """The call, run again once it is over; None where nothing that it returned has a gradient.
 
@@ -217,6 +226,7 @@ class Replays:
             module: what was called.
             parts: the parts of it that are layers.
             args, kwargs, output: of the call.
+            gathered: whether its parameters are whole for the call alone.
         """
         kind, state = kind_of(module), self._states.pop(module, None)
         assert isinstance(kind, CompoundKind)
@@ -224,6 +234,7 @@ class Replays:
         if not any(one is not None and one.requires_grad for one in outputs):
             return None
         replay = Replay(module, parts)
-        with repeated(state), unpacked_graph():
+        freed = [p.detach() for p in module.parameters()] if gathered else []
+        with repeated(state), unpacked_graph(freed):
             replay.outputs = kind.replay(replay, module, *args, **kwargs)
         return Call(outputs, (args, kwargs), replay, kind.nested), replay

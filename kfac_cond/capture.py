@@ -206,7 +206,8 @@ class Capture:
             return
         for layer in parts.values():
             layer.check_unchanged()
-        found = self._replays.after(module, parts, args, kwargs, output)
+        gathered = any(map(self._own.gathered, parts.values()))
+        found = self._replays.after(module, parts, args, kwargs, output, gathered=gathered)
         if found is None:
             return
         call, replay = found

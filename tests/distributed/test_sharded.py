@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, bool]] = {
 RUNS = [
     *((name, "blocks", strategy) for name in EVERY for strategy in ("replicate", "shard")),
     *((name, way, "shard") for name in ("mixed", "raw", "accumulated") for way in WAYS if way != "blocks"),
+    *(("attention", way, "shard") for way in ("blocks", "wrapped first", "whole")),
     ("functional", "whole", "replicate"),
 ]
 
@@ -40,6 +41,21 @@ def sharded(model: nn.Module, *, blocks: bool, reshard: bool, **options: Any) ->
     for child in model.children() if blocks else ():
         fully_shard(child, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=reshard, **options)
+
+
+class Attending(nn.Module):
+    """A module of several parts, which runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(3, 1, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, (2, 3))
+        return self.out(self.attention(x, x, x)[0].mean(1))
+
+
+CASES = {**cases.CASES, "attention": cases.Case(Attending)}
 
 
 class Run(cases.Run):
@@ -79,7 +95,7 @@ class Run(cases.Run):
 
 
 def trained(name: str, way: str, strategy: Any, rank: int, **sharding: Any) -> dict[str, Any]:
-    own = Run(cases.CASES[name], way, **sharding)
+    own = Run(CASES[name], way, **sharding)
     own.kfac.distribute(kc.Plan(strategy=strategy))
     for number in range(cases.STEPS):
         own.gradients(number, rank)
@@ -93,7 +109,7 @@ def untouched(name: str, way: str, rank: int) -> bool:
     """Whether the gradients of a step with a capture in it are those without one, to the last bit."""
     found = []
     for with_kfac in (True, False):
-        own = Run(cases.CASES[name], way, with_kfac=with_kfac)
+        own = Run(CASES[name], way, with_kfac=with_kfac)
         own.gradients(0, rank)
         found.append([None if p.grad is None else p.grad.to_local() for p in own.model.parameters()])
     return all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -101,7 +117,7 @@ def untouched(name: str, way: str, rank: int) -> bool:
 
 def stepped_whole(rank: int) -> dict[str, torch.Tensor]:
     """A step after a backward that leaves the parameters whole."""
-    own = Run(cases.CASES["mixed"], "blocks")
+    own = Run(CASES["mixed"], "blocks")
     own.model.set_reshard_after_backward(False)
     own.gradients(0, rank)
     own.optimizer.step()
@@ -124,7 +140,7 @@ def refused(rank: int) -> dict[str, str]:
         kc.KFAC(model[:3], "categorical")
     except kc.CoverageError as error:
         found["all of it"] = str(error)
-    own = Run(cases.CASES["mixed"], "blocks")
+    own = Run(CASES["mixed"], "blocks")
     own.gradients(0, rank)
     weight = own.model.out.weight
     weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial()])
@@ -174,7 +190,7 @@ def results() -> list[dict[Any, Any]]:
 
 @cache
 def one_process(case: str, world: int = WORLD) -> dict[str, Any]:
-    return cases.alone(cases.CASES[case], world)
+    return cases.alone(CASES[case], world)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -205,7 +221,7 @@ def test_a_capture_leaves_the_gradients_to_the_last_bit(case, way):
 
 
 def test_a_backward_that_leaves_parameters_whole_is_followed_by_the_same_step():
-    own = cases.Run(cases.CASES["mixed"], distributed=False)
+    own = cases.Run(CASES["mixed"], distributed=False)
     own.step(0, cases.shards(WORLD), world=1)
     for result in results():
         for name, parameter in own.model.named_parameters():
