@@ -150,6 +150,10 @@ def refused(rank: int) -> dict[str, str]:
     except kc.ArgumentError as error:
         found["partial"] = str(error)
     found["unchanged"] = torch.equal(own.model.inner.weight.grad.to_local(), before)
+    try:
+        kc.implicit(own.model, [cases.data(0)[0]], "categorical")
+    except kc.CoverageError as error:
+        found["implicit"] = str(error)
     flat = FullyShardedDataParallel(nn.Linear(6, 3), device_id=torch.device("cpu"))
     try:
         kc.KFAC(flat, "categorical")
@@ -252,6 +256,10 @@ def test_a_gradient_that_is_part_of_a_sum_is_refused_before_anything_is_written(
     for result in results():
         assert "the gradient of 'out.weight' is a DTensor with placements" in result["refused"]["partial"]
         assert result["refused"]["unchanged"]
+
+
+def test_products_with_sharded_parameters_are_refused():
+    assert "has no place in the Fisher: it is a sharded DTensor" in results()[0]["refused"]["implicit"]
 
 
 def test_the_first_fsdp_is_refused_with_what_to_use():
