@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -72,7 +72,8 @@ def write_into(gradient: Tensor, new: Tensor) -> None:
     if is_sharded(gradient):
         mesh, placements = gradient.device_mesh, gradient.placements  # type: ignore[attr-defined]
         # Each rank has all of it: nothing is sent.
-        new = distribute_tensor(new.to(gradient.dtype), mesh, placements, src_data_rank=None).to_local()
+        repeated = DTensor.from_local(new.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        new = repeated.redistribute(placements=placements).to_local()
         gradient = gradient.to_local()  # type: ignore[attr-defined]
     gradient.copy_(new)
 
