@@ -218,7 +218,7 @@ class Replays:
         kwargs: Mapping[str, Any],
         output: Any,
         *,
-        gathered: bool,
+        gathered: bool = False,
     ) -> tuple[Call, Replay] | None:
         """The call, run again once it is over; None where nothing that it returned has a gradient.
 
