@@ -36,6 +36,9 @@ class Stepper(Protocol):
     def remove(self) -> None:
         """Take its hooks off the model and the optimizers."""
 
+    def hold_shards(self) -> None:
+        """Have the model hold the parameters that optimizers step."""
+
     def captures_now(self) -> bool:
         """Whether this step takes in factors or refreshes inverses."""
 
@@ -176,6 +179,7 @@ class Attachments:
 
     def _precondition(self, optimizer: Optimizer) -> None:
         attached = self._attached[optimizer]
+        self._stepper.hold_shards()
         if optimizer in self._stepped:
             # It has had its step of this round: a new one begins, whether or not the others stepped.
             self.end_round()

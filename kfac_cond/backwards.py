@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from .calls import dense_gradient
+from .calls import Leaves, dense_gradient
 from .errors import CaptureError
 from .forwards import Entry, Use, Wanted
 from .guards import kept_running_statistics, without_autocast
 from .heads import Sent
 from .layers.layer import Layer
+from .layers.shards import nothing_reduced
 from .layers.sharing import one_example
 
 #: What autograd refuses, by words of its message, and what that means here.
@@ -36,10 +37,11 @@ class Backwards:
         model: whose graph it is.
         universal: the layers that are known by the gradient of their parameter.
         wanted: what is asked for where it is not A and G of every layer.
+        leaves: what the graph has in place of the layers' parameters.
     """
 
-    def __init__(self, model: nn.Module, universal: Sequence[Layer], wanted: Wanted | None) -> None:
-        self.model, self.universal, self.wanted = model, universal, wanted
+    def __init__(self, model: nn.Module, universal: Sequence[Layer], wanted: Wanted | None, leaves: Leaves) -> None:
+        self.model, self.universal, self.wanted, self.leaves = model, universal, wanted, leaves
 
     def arrived(
         self, sent: Sent, edges: Sequence[GradientEdge]
@@ -50,7 +52,7 @@ class Backwards:
         """
         for layer in self.universal:
             layer.check_unchanged()
-        parameters = [next(iter(layer.parameters.values())) for layer in self.universal]
+        parameters = [next(iter(self.leaves.of(layer).values())) for layer in self.universal]
         if not parameters:
             return self.gradients(sent.outputs, edges, sent.score), []
         if self.wanted is None or not self.wanted.by_example:
@@ -90,7 +92,7 @@ class Backwards:
         self, outputs: Tensor, edges: Sequence[GradientEdge] | Sequence[GradientEdge | Tensor], score: Tensor
     ) -> Sequence[Tensor | None]:
         """One backward from a score to edges and leaves. Autocast would reach into it, hence off."""
-        with without_autocast(outputs.device), kept_running_statistics(self.model):
+        with without_autocast(outputs.device), kept_running_statistics(self.model), nothing_reduced(self.model):
             try:
                 # Edges and leaves may come mixed, which the annotation does not know.
                 inputs = cast("Sequence[GradientEdge]", edges)

@@ -15,24 +15,32 @@ from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer
 from .layers.replay import Replay
+from .layers.shards import gathered_for_calls, is_sharded
 
 
 class OwnTensors:
     """Tells the calls of layers on their own parameters from those on tensors that stand in for them.
 
     ``torch.func.functional_call`` puts others in their places for one call: those of another model, or computed ones.
+    ``fully_shard`` puts its own there at each call, over whatever else there is.
 
     Args:
+        model: whose layers they are.
         layers: as they were wrapped, by name.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self._layers = layers
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
+        self._model, self._layers = model, layers
         self._own = {name: _identities(layer) for name, layer in layers.items()}
+        self._gathered = gathered_for_calls(model.modules())
 
     def at(self, layer: Layer) -> bool:
         """Whether this layer has its own parameters now."""
-        return _identities(layer) == self._own[layer.name]
+        return _identities(layer) == self._own[layer.name] or self.gathered(layer)
+
+    def gathered(self, layer: Layer) -> bool:
+        """Whether this layer has its parameters whole for its calls alone."""
+        return all(module in self._gathered for module, _ in layer.places.values())
 
     def everywhere(self) -> bool:
         """Whether all layers have.
@@ -41,6 +49,9 @@ class OwnTensors:
             ModelChangedError: one has other parameters, which may be there for good.
         """
         replaced = [layer for layer in self._layers.values() if not self.at(layer)]
+        if replaced:
+            self._gathered = gathered_for_calls(self._model.modules())
+            replaced = [layer for layer in replaced if not self.at(layer)]
         for layer in replaced:
             if all(isinstance(one, nn.Parameter) for one in layer.held):
                 layer.check_unchanged()
@@ -54,6 +65,24 @@ class OwnTensors:
 
 def _identities(layer: Layer) -> tuple[int, ...]:
     return tuple(map(id, layer.held))
+
+
+class Leaves:
+    """What the graph has in place of layers' parameters: these, or of sharded ones the whole, as the last call had."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, Mapping[str, Tensor]] = {}
+
+    def note(self, layer: Layer) -> None:
+        """Keep what the layer has now, where that is whole; called while its module is."""
+        now = layer.parameters
+        if not any(map(is_sharded, now.values())):
+            self._whole[layer.name] = now
+
+    def of(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The leaves by the names of the parameters."""
+        now = layer.parameters
+        return self._whole.get(layer.name, now) if any(map(is_sharded, now.values())) else now
 
 
 class Arrival:
@@ -150,12 +179,23 @@ def ends_of(outputs: Any) -> list[GradientEdge]:
 
 def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
     """The gradient of a parameter in the universal form, seen to be one that can be squared."""
+    if is_sharded(gradient):
+        raise in_shards(layer)
     if gradient.layout is not torch.strided:
         raise CaptureError(
             f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
             f"parameter with rules={{'{layer.name}': dict(exclude=True)}}."
         )
     return gradient
+
+
+def in_shards(layer: Layer) -> CaptureError:
+    """The error for a layer that computes with shards."""
+    return CaptureError(
+        f"layer '{layer.name}' computes with a DTensor: each rank sees a part of it alone, and no factor of the layer "
+        f"is to be had of that. Expected a layer that fully_shard has whole in every call; exclude it with "
+        f"rules={{'{layer.name}': dict(exclude=True)}}."
+    )
 
 
 class Replays:
@@ -171,7 +211,14 @@ class Replays:
             self._states[module] = random_state(next(module.parameters()).device)
 
     def after(
-        self, module: nn.Module, parts: Container[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        self,
+        module: nn.Module,
+        parts: Container[str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        *,
+        gathered: bool = False,
     ) -> tuple[Call, Replay] | None:
         """The call, run again once it is over; None where nothing that it returned has a gradient.
 
@@ -179,6 +226,7 @@ class Replays:
             module: what was called.
             parts: the parts of it that are layers.
             args, kwargs, output: of the call.
+            gathered: whether its parameters are whole for the call alone.
         """
         kind, state = kind_of(module), self._states.pop(module, None)
         assert isinstance(kind, CompoundKind)
@@ -186,6 +234,7 @@ class Replays:
         if not any(one is not None and one.requires_grad for one in outputs):
             return None
         replay = Replay(module, parts)
-        with repeated(state), unpacked_graph():
+        freed = [p.detach() for p in module.parameters()] if gathered else []
+        with repeated(state), unpacked_graph(freed):
             replay.outputs = kind.replay(replay, module, *args, **kwargs)
         return Call(outputs, (args, kwargs), replay, kind.nested), replay

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backwards import Backwards
-from .calls import Call, OwnTensors, Replays, by_call, ends_of
+from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of, in_shards
 from .errors import CaptureError
 from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
@@ -25,6 +25,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
+from .layers.shards import gathering, is_sharded
 from .layers.sharing import both, kept
 from .statistics import LayerSums
 
@@ -84,8 +85,9 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
-        self._backwards = Backwards(model, self._universal, wanted)
-        self._own = OwnTensors(layers)
+        self._leaves = Leaves()
+        self._backwards = Backwards(model, self._universal, wanted, self._leaves)
+        self._own = OwnTensors(model, layers)
         #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
         self._recording = self._foreign = False
 
@@ -97,6 +99,11 @@ class Capture:
 
         root = self.model
         self._handles = [root.register_forward_pre_hook(hook(self._begin), with_kwargs=True)]
+        for module in gathering(root.modules()):
+            # Between its own hooks and its children's calls: what it holds is whole, whoever takes it.
+            inner = set(module.modules())
+            held = [one for one in self.layers.values() if any(at in inner for at, _ in one.places.values())]
+            self._handles.append(module.register_forward_pre_hook(hook(partial(self._gathered, held))))
         for module, parts in layers_by_module(self.layers).items():
             listen = self._layer
             if isinstance(kind_of(module), CompoundKind):
@@ -130,12 +137,23 @@ class Capture:
     def _hears(self, layer: Layer) -> bool:
         """Whether a call of this layer at this moment is captured."""
         self._called(layer)
-        return self.listening() and self._own.at(layer)
+        if not (self.listening() and self._own.at(layer)):
+            return False
+        if any(map(is_sharded, layer.held)):
+            raise in_shards(layer)
+        return True
 
     def _called(self, layer: Layer, *_: object) -> None:
-        """Refuse the call of a module that holds a parameter of the layer, where the graph leads past it."""
+        """Note a call of a module that holds a parameter of the layer; refuse it where the graph leads past it."""
+        self._leaves.note(layer)
         if self._recording and in_custom_function():
             raise hidden(layer.name)
+
+    def _gathered(self, layers: Iterable[Layer], *_: object) -> None:
+        """Note what the graph will have of layers whose module may not be called itself."""
+        if self._recording:
+            for layer in layers:
+                self._leaves.note(layer)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._foreign = False
@@ -188,7 +206,8 @@ class Capture:
             return
         for layer in parts.values():
             layer.check_unchanged()
-        found = self._replays.after(module, parts, args, kwargs, output)
+        gathered = any(map(self._own.gathered, parts.values()))
+        found = self._replays.after(module, parts, args, kwargs, output, gathered=gathered)
         if found is None:
             return
         call, replay = found
@@ -311,7 +330,8 @@ class Capture:
     def used_functionally(self, outputs: Iterable[Tensor]) -> set[str]:
         """The layers that the forwards held use otherwise than by calls of their modules."""
         entries = [pair for forward in (*self.waiting, *self.spent) for pair in forward.entries.items()]
-        return used_functionally(self.layers, [(name, use.call) for name, one in entries for use in one.uses], outputs)
+        calls = [(name, use.call) for name, one in entries for use in one.uses]
+        return used_functionally(self.layers, calls, outputs, self._leaves.of)
 
     def inputs(self) -> dict[str, LayerSums]:
         """The sums of the inputs of all forwards that wait, with a zero for G: nothing is sent back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -17,7 +17,10 @@ _STAND_INS = frozenset(f"{name}Backward" for name in ("ToCopy", "T", "Transpose"
 
 
 def used_functionally(
-    layers: Mapping[str, Layer], calls: Iterable[tuple[str, Call]], outputs: Iterable[Tensor]
+    layers: Mapping[str, Layer],
+    calls: Iterable[tuple[str, Call]],
+    outputs: Iterable[Tensor],
+    leaves: Callable[[Layer], Mapping[str, Tensor]] = lambda layer: layer.parameters,
 ) -> set[str]:
     """The layers whose weight or bias reaches the outputs otherwise than by calls of their modules.
 
@@ -28,6 +31,7 @@ def used_functionally(
         layers: by name.
         calls: the calls of their modules that are known, with the layer's name; of this and of other forwards.
         outputs: of the forward, with its graph.
+        leaves: what the graph has in place of a layer's parameters.
     """
     graph = _walked(one.grad_fn for one in outputs)
     inside: dict[str, Counter[int]] = {}
@@ -42,7 +46,7 @@ def used_functionally(
         name
         for name, layer in layers.items()
         if layer.modules
-        and any(whole[id(one)] > inside.get(name, Counter())[id(one)] for one in layer.parameters.values())
+        and any(whole[id(one)] > inside.get(name, Counter())[id(one)] for one in leaves(layer).values())
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import ArgumentError
 from .layers.layer import Layer
+from .layers.shards import check_placements, whole, write_into
 from .sharing import Shared
 from .statistics import statistic_dtype
 from .trust_region import LayerUpdate, TrustRegion
@@ -18,13 +19,14 @@ def gradients_of(layer: Layer) -> dict[str, Tensor]:
     """The layer's gradients by parameter name; empty where there are none.
 
     Raises:
-        ArgumentError: a sparse or sharded gradient.
+        ArgumentError: a sparse gradient, or one sharded in another way than ``fully_shard`` does.
         ModelChangedError: the layer is not what was wrapped.
     """
     layer.check_unchanged()
     found = {name: p.grad for name, p in layer.parameters.items() if p.grad is not None}
     for name, gradient in found.items():
-        if gradient.layout is not torch.strided or hasattr(gradient, "full_tensor"):
+        check_placements(name, gradient)
+        if gradient.layout is not torch.strided:
             raise ArgumentError(
                 f"the gradient of '{name}' is {type(gradient).__name__} with layout {gradient.layout}: expected a "
                 f"dense tensor. Exclude the layer with rules={{'{layer.name}': dict(exclude=True)}}."
@@ -35,13 +37,18 @@ def gradients_of(layer: Layer) -> dict[str, Tensor]:
 def gradient_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
     """One layer's gradient as its matrix, in the dtype of its statistics; a parameter without one counts as zero.
 
+    Of shards the gradient is brought together: it is the layer that is preconditioned, never a part of it.
+
     Args:
         layer: the layer.
         gradients: its gradients by parameter name, at least one.
     """
     dtype = statistic_dtype(next(iter(gradients.values())).dtype)
-    whole = {name: gradients.get(name, torch.zeros_like(p)) for name, p in layer.parameters.items()}
-    return layer.layout.to_matrix({name: gradient.to(dtype) for name, gradient in whole.items()})
+    found = {
+        name: whole(gradients[name] if name in gradients else torch.zeros_like(p))
+        for name, p in layer.parameters.items()
+    }
+    return layer.layout.to_matrix({name: gradient.to(dtype) for name, gradient in found.items()})
 
 
 def rate_of(layer: Layer, rates: Mapping[int, float | Tensor]) -> float | Tensor:
@@ -115,4 +122,4 @@ def write(
         matrix = update.update if one is None else update.update * one.to(update.update)
         new = layers[name].layout.from_matrix(matrix)
         for key, gradient in gradients[name].items():
-            gradient.copy_(new[key])
+            write_into(gradient, new[key])

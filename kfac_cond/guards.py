@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -101,9 +101,18 @@ def repeated(state: RandomState | None) -> Iterator[None]:
         yield
 
 
-def unpacked_graph() -> AbstractContextManager[Any]:
-    """A graph that keeps its tensors itself, where activation checkpointing would drop and recompute them."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+def unpacked_graph(freed: Iterable[Tensor] = ()) -> AbstractContextManager[Any]:
+    """A graph that keeps its tensors itself, where activation checkpointing would drop and recompute them.
+
+    Args:
+        freed: tensors whose memory goes to something else once the call is over, of which it keeps copies.
+    """
+    storages = {one.untyped_storage().data_ptr() for one in freed}
+
+    def pack(x: Tensor) -> Tensor:
+        return x.clone() if storages and x.untyped_storage().data_ptr() in storages else x
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .heads import Head, bound_to_batch, divisors, invalid_targets, meaningful, 
 from .hooks import Hook, hidden, in_custom_function
 from .kinds import Expectation, counts_of, labels_out_of_range, require_examples, require_terms
 from .layers.naming import join, named_modules
+from .layers.shards import is_sharded
 from .layers.survey import survey
 from .options import Request
 from .output_fisher import OfLikelihood, OfScores, OutputFisher
@@ -363,6 +364,11 @@ def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.
             if name in refused:
                 row = refused[name]
                 raise CoverageError(f"'{name}' has no place in the Fisher: {row.reason}; {row.remedy}, or freeze it")
+            if is_sharded(parameter):
+                raise CoverageError(
+                    f"'{name}' has no place in the Fisher: it is a sharded DTensor, and products are with whole "
+                    f"parameters; take the model before it is sharded, or freeze it"
+                )
             found[name] = parameter
     if not found:
         among = "" if names is None else " that is not excluded"

@@ -23,6 +23,7 @@ from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake
 from .layers.layer import Layer
+from .layers.shards import hold_shards
 from .layers.summed import TRAINED
 from .refreshes import Refreshes
 from .schedules import Clock, Schedule
@@ -266,6 +267,7 @@ class KFAC:
             )
         if getattr(self.trust_region, "needs_rate", self.trust_region is not None) and lr is None:
             raise ArgumentError("precondition() with a trust region needs the learning rate: precondition(lr=...)")
+        self.hold_shards()
         rates = {id(p): 1.0 if lr is None else lr for layer in self.layers.values() for p in layer.parameters.values()}
         if not self.before_step(list(self.layers), rates, None):
             raise NotReadyError("precondition() found no gradient of a covered layer: call it after loss.backward()")
@@ -360,6 +362,10 @@ class KFAC:
         return self._due()
 
     # -- the step -----------------------------------------------------------------------------------------------------
+
+    def hold_shards(self) -> None:
+        """Have the modules hold their shards, where a backward left the parameters whole."""
+        hold_shards(self._wrapped.model)
 
     def captures_now(self) -> bool:
         """Whether this step takes in factors or refreshes inverses."""

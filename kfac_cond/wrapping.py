@@ -70,6 +70,11 @@ def refuse_unfit(model: nn.Module) -> None:
                 f"{said} is nn.DataParallel, whose replicas lose their hooks: use DistributedDataParallel, or the "
                 f"plain module"
             )
+        if any(one.__name__ == "FullyShardedDataParallel" for one in type(module).__mro__):
+            raise CoverageError(
+                f"{said} is FullyShardedDataParallel (FSDP1), which flattens the parameters of its layers into one: "
+                f"use torch.distributed.fsdp.fully_shard (FSDP2), which leaves them as they are"
+            )
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise CoverageError(
                 f"{said} is a quantised {type(module).__name__}, whose weight does not train and through which no "

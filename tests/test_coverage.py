@@ -181,7 +181,7 @@ def test_a_sharded_parameter_is_named(mesh):
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
     found = rows(model)
     assert (found["0.weight"].covered, found["0.weight"].reason) == (False, "its weight is a sharded DTensor")
-    assert "before sharding" in found["0.weight"].remedy
+    assert "fully_shard" in found["0.weight"].remedy
     assert found["1.weight"].covered
 
 

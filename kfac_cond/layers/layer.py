@@ -12,6 +12,7 @@ from ..linalg.moments import second_moment, second_moment_diagonal
 from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
+from .shards import local
 from .sharing import Moment
 from .summed import EigenSquares, GradientMoments, GradientSquares, GradientSums
 
@@ -121,8 +122,8 @@ class Layer:
 
     @property
     def like(self) -> Tensor:
-        """One of its parameters, frozen or not, for where it is and its dtype."""
-        return self.held[0]
+        """One of its parameters, frozen or not, for where it is and its dtype; of a sharded one the part here."""
+        return local(self.held[0])
 
     @property
     def _held(self) -> dict[str, nn.Parameter]:

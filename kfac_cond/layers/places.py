@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from . import kind_of
 from .base import LayerKind, Part
 from .naming import join
+from .shards import gathered_for_calls
 
 
 @dataclass(frozen=True)
 class Use:
-    """One place a parameter is held at."""
+    """One place a parameter is held at; ``gathered`` where its module has it whole in every call, if it is sharded."""
 
     owner: str
     module: nn.Module
     attribute: str
+    gathered: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +79,16 @@ def uses_in(modules: list[tuple[str, nn.Module]]) -> dict[int, tuple[nn.Paramete
     """Every parameter with all the places that hold it; two paths to one module count once."""
     uses: dict[int, tuple[nn.Parameter, list[Use]]] = {}
     seen: set[int] = set()
+    gathered = gathered_for_calls(module for _, module in modules)
     for owner, module in modules:
         if id(module) in seen:
             continue
         seen.add(id(module))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                uses.setdefault(id(parameter), (parameter, []))[1].append(Use(owner, module, attribute))
+                uses.setdefault(id(parameter), (parameter, []))[1].append(
+                    Use(owner, module, attribute, module in gathered)
+                )
     return uses
 
 

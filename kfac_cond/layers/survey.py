@@ -16,6 +16,7 @@ from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import LayerRule, settings_of_rules
+from .shards import is_sharded, of_data_parallel
 from .summed import TRAINED, trained_sums
 from .universal import MIN_DRAWS, universal_layout
 
@@ -248,8 +249,11 @@ def _refusal(weight: Tensor, places: list[Use]) -> tuple[str, str] | None:
         return f"its weight is {weight.layout}", "use a dense weight"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}", "use a real floating-point weight"
-    if hasattr(weight, "full_tensor"):
-        return "its weight is a sharded DTensor", "wrap the model before sharding it, or train it with DDP"
+    if is_sharded(weight) and not (of_data_parallel(weight) and all(use.gathered for use in places)):
+        return (
+            "its weight is a sharded DTensor",
+            "shard it with fully_shard alone, and give KFAC the module that was sharded; or train it with DDP",
+        )
     if not weight.numel():
         return "it has no entries", ""
     if any(getattr(use.module, "sparse", False) is True for use in places):
@@ -263,12 +267,12 @@ def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[st
     reason, remedy = _as_diagonals(layer)
     if layer.modules:
         remarks = dict.fromkeys(layer.kind.remark(module, layer.sharing) for module in layer.modules)
-        reason = "; ".join(
-            filter(None, (*_tied(places, "their uses count as positions of one layer"), *remarks, reason))
-        )
+        tied = _tied(places, "their uses count as positions of one layer")
+        reason = "; ".join(filter(None, (*tied, *remarks, reason, _as_shards(parameter))))
         return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
     said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
-    reason, remedy = "; ".join(filter(None, (said, reason))), "; ".join(filter(None, (why[1], remedy)))
+    reason = "; ".join(filter(None, (said, reason, _as_shards(parameter))))
+    remedy = "; ".join(filter(None, (why[1], remedy)))
     return Row(path, type(places[0].module).__name__, parameter.numel(), True, reason, remedy, "universal")
 
 
@@ -277,6 +281,11 @@ def _tied(places: list[Use], meaning: str) -> list[str]:
     others = [f"'{join(use.owner, use.attribute)}'" for use in places[1:]]
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     return [f"tied to {', '.join(others[:3])}{more}: {meaning}"] if others else []
+
+
+def _as_shards(parameter: Tensor) -> str:
+    """How a sharded parameter is covered; empty for a plain one."""
+    return "sharded: its gradient is brought together for the step" if is_sharded(parameter) else ""
 
 
 def _left_out(parameter: nn.Parameter, places: list[Use], reason: str, remedy: str) -> Row:
