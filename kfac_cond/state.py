@@ -107,9 +107,19 @@ def save(
 
 
 def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None) -> None:
-    """Hand a trust region that has a state its own; one that is not in what was saved starts anew."""
+    """Take over what a trust region keeps between steps, where it keeps anything.
+
+    Raises:
+        StateError: the state has such a part and the trust region keeps nothing, or the other way around.
+    """
     load = getattr(trust_region, "load_state_dict", None)
-    if load is not None and "trust_region" in saved:
+    if (load is None) == ("trust_region" in saved):
+        found, expected = ("a", "none") if load is None else ("no", "one")
+        raise StateError(
+            f"the state has {found} trust region that keeps something between steps, as kc.Graft does, and this KFAC "
+            f"has {expected}: give KFAC the trust_region that was saved"
+        )
+    if load is not None:
         load(saved["trust_region"])
 
 

@@ -141,3 +141,13 @@ def test_a_state_of_another_magnitude_is_refused():
 def test_what_makes_no_graft_is_refused(given, message):
     with pytest.raises(kc.ArgumentError, match=message):
         kc.Graft(**given)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_state_with_and_without_one_do_not_mix(saved):
+    with_one, without = (
+        kc.KFAC(nn.Linear(3, 2), "categorical", trust_region=region) for region in (kc.Graft("adam"), None)
+    )
+    source, target = (with_one, without) if saved else (without, with_one)
+    with pytest.raises(kc.StateError, match=r"trust region that keeps something .* give KFAC the trust_region"):
+        target.load_state_dict(source.state_dict())
