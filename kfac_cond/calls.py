@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer
 from .layers.replay import Replay
-from .layers.shards import gathered_for_calls, is_sharded
+from .layers.shards import Cut, between_calls, gathered_for_calls, whole
 
 
 class OwnTensors:
@@ -68,21 +68,44 @@ def _identities(layer: Layer) -> tuple[int, ...]:
 
 
 class Leaves:
-    """What the graph has in place of layers' parameters: these, or of sharded ones the whole, as the last call had."""
+    """What the graph has in place of layers' parameters: these, or of sharded ones those that the last call had.
 
-    def __init__(self) -> None:
-        self._whole: dict[str, Mapping[str, Tensor]] = {}
+    Args:
+        cuts: what modules compute on with parts of their weights.
+    """
+
+    def __init__(self, cuts: Sequence[Cut] = ()) -> None:
+        self._cuts = cuts
+        self._called: dict[str, Mapping[str, Tensor]] = {}
 
     def note(self, layer: Layer) -> None:
-        """Keep what the layer has now, where that is whole; called while its module is."""
+        """Keep what the layer has now, where that is what its module computes with; called while its module is."""
         now = layer.parameters
-        if not any(map(is_sharded, now.values())):
-            self._whole[layer.name] = now
+        if not self._resting(now.values()):
+            self._called[layer.name] = now
 
     def of(self, layer: Layer) -> Mapping[str, Tensor]:
         """The leaves by the names of the parameters."""
         now = layer.parameters
-        return self._whole.get(layer.name, now) if any(map(is_sharded, now.values())) else now
+        return self._called.get(layer.name, now) if self._resting(now.values()) else now
+
+    def refuse_shards(self, layer: Layer) -> None:
+        """Refuse a call of a layer with what ``fully_shard`` keeps between calls.
+
+        Raises:
+            CaptureError: it was called so.
+        """
+        if self._resting(layer.held):
+            raise CaptureError(
+                f"layer '{layer.name}' was called with the shards of its parameters that fully_shard keeps between "
+                f"calls, or on another mesh than when it was wrapped: expected a layer that fully_shard has whole in "
+                f"every call, or parts on the mesh of parallelize_module. Call the module that fully_shard was called "
+                f"on, and kfac.refresh() after either; or exclude the layer with "
+                f"rules={{'{layer.name}': dict(exclude=True)}}."
+            )
+
+    def _resting(self, held: Iterable[Tensor]) -> bool:
+        return any(between_calls(one, self._cuts) for one in held)
 
 
 class Arrival:
@@ -106,7 +129,8 @@ class Arrival:
         self._base, self._view = (base.shape, base.stride()), (output.shape, output.stride(), offset)
 
     def read(self, gradient: Tensor) -> Tensor:
-        """The gradient of the tensor, from the one at the edge."""
+        """The gradient of the tensor, from the one at the edge; whole, where that is a DTensor."""
+        gradient = whole(gradient)
         if self._view is None:
             return gradient.reshape(self._shape)
         if gradient.stride() != self._base[1] or gradient.storage_offset():
@@ -178,9 +202,8 @@ def ends_of(outputs: Any) -> list[GradientEdge]:
 
 
 def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
-    """The gradient of a parameter in the universal form, seen to be one that can be squared."""
-    if is_sharded(gradient):
-        raise in_shards(layer)
+    """The gradient of a parameter in the universal form, whole, and seen to be one that can be squared."""
+    gradient = whole(gradient)
     if gradient.layout is not torch.strided:
         raise CaptureError(
             f"the gradient of '{layer.name}' has layout {gradient.layout}: expected a dense tensor. Exclude the "
@@ -189,13 +212,27 @@ def dense_gradient(layer: Layer, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def in_shards(layer: Layer) -> CaptureError:
-    """The error for a layer that computes with shards."""
-    return CaptureError(
-        f"layer '{layer.name}' computes with a DTensor: each rank sees a part of it alone, and no factor of the layer "
-        f"is to be had of that. Expected a layer that fully_shard has whole in every call; exclude it with "
-        f"rules={{'{layer.name}': dict(exclude=True)}}."
-    )
+#: Steps by which a tensor is still all of what it was before.
+_RESHAPED = ("View", "UnsafeView", "Reshape", "ToCopy", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze", "Alias")
+
+
+def refuse_part(outputs: Tensor) -> None:
+    """Refuse outputs that are this rank's part of a DTensor, taken out of it by ``to_local``, as far as that is seen.
+
+    Raises:
+        CaptureError: they are.
+    """
+    node = outputs.grad_fn
+    while node is not None and node.name().rstrip("0123456789") in {f"{name}Backward" for name in _RESHAPED}:
+        node = node.next_functions[0][0]
+    placements = getattr(getattr(node, "dtensor_spec", None), "placements", ())
+    if not all(one.is_replicate() for one in placements):
+        raise CaptureError(
+            f"the outputs of shape {tuple(outputs.shape)} are this rank's part of a DTensor with placements "
+            f"{tuple(placements)}: expected all of what parametrises p, on every rank. Give the last layer "
+            f"ColwiseParallel(output_layouts=Replicate()), or keep the DTensor with use_local_output=False, which is "
+            f"brought together at captures."
+        )
 
 
 class Replays:

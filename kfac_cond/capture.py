@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backwards import Backwards
-from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of, in_shards
+from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of, refuse_part
 from .errors import CaptureError
 from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
 from .functional import used_functionally
@@ -25,7 +25,7 @@ from .heads import Sent
 from .hooks import Hook, Owner, hidden, in_custom_function, leaves_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
-from .layers.shards import gathering, is_sharded
+from .layers.shards import brought_together, cuts_of, gathering
 from .layers.sharing import both, kept
 from .statistics import LayerSums
 
@@ -85,7 +85,7 @@ class Capture:
         self._eager = EagerForwards(model)
         #: The layers that are known by the gradient of their parameter.
         self._universal = [layer for layer in layers.values() if not layer.modules]
-        self._leaves = Leaves()
+        self._leaves = Leaves(cuts_of(model))
         self._backwards = Backwards(model, self._universal, wanted, self._leaves)
         self._own = OwnTensors(model, layers)
         #: Of the model's call under way: whether it is captured, and whether it is on tensors that are not its own.
@@ -139,8 +139,7 @@ class Capture:
         self._called(layer)
         if not (self.listening() and self._own.at(layer)):
             return False
-        if any(map(is_sharded, layer.held)):
-            raise in_shards(layer)
+        self._leaves.refuse_shards(layer)
         return True
 
     def _called(self, layer: Layer, *_: object) -> None:
@@ -162,7 +161,7 @@ class Capture:
         if self._recording:
             self._eager.enter()
             del self.spent[:-MAX_SPENT]
-            self._open(None if self._positions is None else self._positions(args, kwargs))
+            self._open(None if self._positions is None else brought_together(self._positions(args, kwargs)))
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model's call, and after an exception in it too."""
@@ -251,6 +250,7 @@ class Capture:
     ) -> Tensor:
         """What a call gave its layer."""
         if isinstance(output, Tensor):
+            args, kwargs = brought_together((args, kwargs))
             a = layer.kind.of_call(module, args, kwargs, dtype_of(output, self._wanted))
             if a is not None:
                 return in_form(layer, "activations", a, layer.layout.columns)
@@ -310,6 +310,7 @@ class Capture:
             if not now:
                 # Another model's outputs may depend on a parameter of ours too.
                 continue
+            refuse_part(sent.outputs)
             touched |= now
             with torch.no_grad():
                 place = Place(sent.weight, sent.slot, slots)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .data import Data
 from .errors import KFACError, LikelihoodError
+from .layers.shards import brought_together
 from .likelihoods import Categorical, Likelihood, Product, exact_scores, sampled_scores
 from .statistics import Slots
 
@@ -100,12 +101,15 @@ def bound_to_batch(
         LikelihoodError: outputs, labels or masks that do not fit a head, or heads of different numbers of examples.
     """
     kwargs = kwargs or {}
+    # What is drawn and scored is whole, on every rank of a tensor-parallel mesh alike.
+    outputs = brought_together(dict(outputs))
     if isinstance(likelihood, Product):
         likelihood.check(outputs)
     else:
         likelihood.check(outputs[""])
     if targets is None and likelihood.needs_targets:
         targets = data.pick_targets(args, kwargs, output)
+    targets = brought_together(targets)
     labels = {} if targets is None else split(likelihood, targets, "targets", partly=True)
     masks: dict[str, Tensor | None] = {}
     if isinstance(likelihood, Product) and data.mask is not None:
@@ -114,6 +118,7 @@ def bound_to_batch(
     else:
         for name, one in heads_of(likelihood).items():
             masks[name] = data.pick_mask(args, kwargs, output, tuple(one.term_shape(outputs[name])))
+    masks = brought_together(masks)
     bound = {name: one.bind(labels.get(name), mask=masks.get(name)) for name, one in heads_of(likelihood).items()}
     return tuple(Head(name, one, outputs[name]) for name, one in bound.items())
 

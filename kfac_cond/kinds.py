@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .checks import are_tensors, described
 from .data import Data, leading_dimension
+from .distributed.meshes import number_of
 from .draws import Draws
 from .errors import ArgumentError, LikelihoodError
 from .heads import Distribution, Head, Sent, exact, invalid_labels, invalid_targets, sampled, slots_of, split
+from .layers.shards import cuts_of
 from .likelihoods import Product
 from .options import Request
 from .statistics import Slots
@@ -36,7 +38,8 @@ class Expectation:
         # Draws that were handed in are not drawn at all, so that their spread says nothing.
         groups = min(self.samples, MAX_GROUPS) if self.kind == "sampled" and options.draws is None else 1
         self.slots = slots_of(self.likelihood, draws=self.samples, groups=groups)
-        self.draws = Draws(options.seed if options.seed is not None else (options.data or Data()).seed)
+        seed = options.seed if options.seed is not None else (options.data or Data()).seed
+        self.draws = Draws(seed, rank=number_of(cuts_of(request.model)))
         self.injected = None if options.draws is None else iter(options.draws)
 
     def scores(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Iterator[Sent], Tensor]:

@@ -13,6 +13,7 @@ from .data import Data
 from .errors import CaptureError, KFACError, LikelihoodError
 from .heads import Distribution, Head, bound_to_batch, picked, require_targets
 from .hooks import Hook, leaves_graph
+from .layers.shards import brought_together
 from .likelihoods import as_likelihood, from_criterion, heard_call
 
 Heard = Callable[[Sequence[Head]], None]
@@ -82,7 +83,7 @@ class Listener:
         if not (leaves_graph() and self._due()):
             return
         try:
-            outputs, targets = heard_call(module, args, kwargs)
+            outputs, targets = heard_call(module, *brought_together((args, kwargs)))
         except LikelihoodError:
             # A criterion may serve other models too; only on outputs of ours is it ours to complain.
             if any(isinstance(one, Tensor) and self._ours(one) for one in (*args, *kwargs.values())):

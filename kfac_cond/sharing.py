@@ -10,6 +10,7 @@ from .damping import DampingNow, Rule
 from .distributed import EVERY, Plan, PlanTable, Ranks
 from .errors import ArgumentError, RankError
 from .factors import Factors
+from .layers.shards import cuts_of
 from .layers.summed import EigenSquares
 from .schedules import Adaptive, Schedule
 from .state import Loaded
@@ -35,6 +36,8 @@ class Shared:
         self._wrapped, self._slots, self._rule, self._schedule = wrapped, slots, rule, schedule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
         self._ranks: Ranks | None = None
+        #: Over which ranks weights are cut, as the model was last looked at.
+        self._cuts = cuts_of(wrapped.model)
 
     @property
     def costing(self) -> Costing:
@@ -47,7 +50,11 @@ class Shared:
         Raises:
             RankError: their number changed while layers were shared out.
         """
-        before, world = self._ranks, self.plan.world
+        before = self._ranks
+        if before is not None and self._cuts:
+            # Weights on a mesh outlive no process group.
+            return before
+        world = self.plan.world()
         if before is not None and before.size == world:
             return before
         if before is not None and not before.layout.replicated:
@@ -55,7 +62,7 @@ class Shared:
                 f"there are {world} ranks where there were {before.size}, which had layers that the others did not: "
                 f"save kfac.state_dict() before the process group changes, and load it into a new KFAC after"
             )
-        self._ranks = self.plan.ranks()
+        self._ranks = self.plan.ranks(self._cuts)
         self._assign()
         self._refuse_turning(self._ranks)
         self.factors = self.factors.placed(self._ranks)
@@ -97,7 +104,8 @@ class Shared:
         if not isinstance(plan, Plan):
             raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
         before = self.plan, self._ranks
-        self.factors = self.whole()
+        if self._ranks is not None:
+            self.factors = self.whole()
         self.plan, self._ranks = plan, None
         try:
             self.ranks()
@@ -108,6 +116,7 @@ class Shared:
     def changed(self, names: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what is not of these; all ranks call it."""
         whole = self.whole()
+        self._cuts = cuts_of(self._wrapped.model)
         self._assign()
         self.factors = whole.restricted(self._wrapped.layers, without=names).placed(self.ranks())
 
@@ -122,7 +131,7 @@ class Shared:
 
     def table(self, world: int | None) -> PlanTable:
         """The plan in numbers, for so many ranks, or for those there are."""
-        world = self.plan.world if world is None else world
+        world = self.plan.world(self._cuts) if world is None else world
         return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every)
 
     def _assign(self) -> None:

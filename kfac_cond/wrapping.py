@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .checks import check_module
 from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.layer import Layer
 from .layers.naming import named_modules
+from .layers.shards import has_stand_ins
 from .layers.survey import Survey, survey
 
 logger = logging.getLogger("kfac_cond")
@@ -74,6 +76,12 @@ def refuse_unfit(model: nn.Module) -> None:
             raise CoverageError(
                 f"{said} is FullyShardedDataParallel (FSDP1), which flattens the parameters of its layers into one: "
                 f"use torch.distributed.fsdp.fully_shard (FSDP2), which leaves them as they are"
+            )
+        if isinstance(module, DistributedDataParallel) and has_stand_ins(module):
+            raise CoverageError(
+                f"{said} is DistributedDataParallel around a module that parallelize_module cut, in whose place it "
+                f"trains plain tensors, each a part of a weight: use fully_shard(model, mesh=mesh['dp']), or average "
+                f"the gradients of the plain model yourself"
             )
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise CoverageError(

@@ -57,6 +57,18 @@ class Group:
                 f"group that it is part of, with the ranks that train the same model on other data"
             )
 
+    @classmethod
+    def alone(cls) -> Group:
+        """This rank by itself, whatever others there are; nothing is sent."""
+        one = cls.__new__(cls)
+        one.group, one.rank, one.size = None, 0, 1
+        return one
+
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of its ranks among all processes."""
+        return [self._named(rank) for rank in range(self.size)]
+
     def all_reduce(self, buffer: Tensor, what: str, *, largest: bool = False) -> Started:
         """Add a buffer over the ranks, in place on all of them; or take the largest of each entry."""
         op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,10 +16,12 @@ from ..costs import Costing, factor_bytes, inverse_bytes, refresh_flops, update_
 from ..damping import Rule
 from ..errors import ArgumentError
 from ..layers.layer import Layer
+from ..layers.shards import Cut
 from ..layers.survey import survey
 from ..tables import in_bytes, in_flops, table
 from .group import Group, is_initialised
 from .layout import Grid, Layout, Message
+from .meshes import refuse_same_data, with_different_data
 from .ranks import Ranks
 
 EVERY = 100
@@ -43,7 +45,8 @@ class Plan:
 
     Args:
         mesh: the ranks with different data: a process group, or a ``DeviceMesh`` of one dimension (``mesh["data"]`` of
-            a larger one). None for all processes.
+            a larger one). None for all processes; where ``parallelize_module`` cut weights, for the ranks along the
+            other dimension of its mesh.
         strategy: 'replicate', 'shard', or the fraction of the ranks that precondition a layer, in [0, 1].
         flops: operations a second of a rank, for the predicted times.
         bandwidth: bytes a second that a rank sends, likewise.
@@ -87,19 +90,28 @@ class Plan:
         named: dict[Any, float] = {"replicate": 1.0, "shard": 0.0}
         return float(named.get(self.strategy, self.strategy))
 
-    def group(self) -> Group:
-        """The ranks there are."""
-        mesh = self.mesh
-        return Group(mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh)
+    def group(self, cuts: Sequence[Cut] = ()) -> Group:
+        """The ranks with different data that there are.
 
-    def ranks(self) -> Ranks:
+        Args:
+            cuts: over which ranks weights are cut; those of one have the same data.
+
+        Raises:
+            ArgumentError: ranks with the same data are among them, or which have different data cannot be told.
+        """
+        if self.mesh is None:
+            return with_different_data(cuts)
+        group = Group(self.mesh.get_group() if isinstance(self.mesh, DeviceMesh) else self.mesh)
+        refuse_same_data(group, cuts)
+        return group
+
+    def ranks(self, cuts: Sequence[Cut] = ()) -> Ranks:
         """The ranks there are, as they work together; all of them call it."""
-        return Ranks(self.group(), self.fraction)
+        return Ranks(self.group(cuts), self.fraction)
 
-    @property
-    def world(self) -> int:
+    def world(self, cuts: Sequence[Cut] = ()) -> int:
         """How many ranks there are now."""
-        return self.group().size if is_initialised() else 1
+        return self.group(cuts).size if is_initialised() else 1
 
     def of(
         self,

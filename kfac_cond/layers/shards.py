@@ -1,23 +1,29 @@
-"""Parameters that ``fully_shard`` cut into shards: which they are, whole ones from them, and the way back.
+"""Tensors of which this rank has a part: which they are, whole ones from them, and the way back.
 
-Between calls a module holds its shard as a DTensor; for a call, and in the graph that it leaves, it has the whole
-parameter, which is another tensor.
+Between calls a module that ``fully_shard`` cut holds its shard as a DTensor; for a call, and in the graph that it
+leaves, it has the whole parameter, which is another tensor. A module that ``parallelize_module`` cut computes with
+DTensors: its inputs, its outputs and the gradients of these are parts, or parts of sums, of what all ranks of the mesh
+have together. Both may be: then the mesh of tensor parallelism comes last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ArgumentError
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -35,10 +41,70 @@ def gathered_for_calls(modules: Iterable[nn.Module]) -> set[nn.Module]:
     return {inner for module in gathering(modules) for inner in module.modules()}
 
 
-def of_data_parallel(x: Tensor) -> bool:
-    """Whether a DTensor is as ``fully_shard`` makes one of a plain parameter: cut once, and repeated at most."""
-    names = [type(placement) for placement in x.placements]  # type: ignore[attr-defined]
-    return names in ([Shard], [Replicate, Shard])
+@dataclass(frozen=True)
+class Cut:
+    """Ranks that compute with parts of one weight, and so on the same data: along the last dimensions of a mesh.
+
+    Args:
+        mesh: that a parameter is on between calls.
+        first: of these dimensions; those before are of ``fully_shard``, and the weight is whole along them for calls.
+    """
+
+    mesh: Any
+    first: int = 0
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """These ranks, this one among them, as they are numbered among all processes; none where it is not on it."""
+        here = self.mesh.get_coordinate()
+        return () if here is None else _ranks(self.mesh.mesh[tuple(here[: self.first])])
+
+    def __str__(self) -> str:
+        names = (self.mesh.mesh_dim_names or ())[self.first :]
+        said = f" ({', '.join(map(repr, names))})" if names else ""
+        return f"{len(self.ranks)} ranks{said}"
+
+
+def cut_of(x: Tensor, *, gathered: bool) -> Cut | None:
+    """Over which ranks a parameter is cut while its module computes; None where the module has it whole then.
+
+    Args:
+        x: the parameter as it is between calls.
+        gathered: whether ``fully_shard`` has it whole along its own dimensions for calls.
+    """
+    if not is_sharded(x):
+        return None
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    # Of a mesh of two dimensions ``fully_shard`` repeats along the first and cuts along the second.
+    first = 1 + isinstance(placements[0], Replicate) if gathered else 0
+    return Cut(mesh, first) if first < mesh.ndim else None
+
+
+def cuts_of(model: nn.Module) -> tuple[Cut, ...]:
+    """Over which ranks the modules of a model compute with parts of their weights; once for each set of ranks."""
+    hold_shards(model)
+    gathered = gathered_for_calls(model.modules())
+    held = ((p, module in gathered) for module in model.modules() for p in module._parameters.values())
+    found = (cut_of(p, gathered=whole_in_calls) for p, whole_in_calls in held if p is not None)
+    return tuple({cut.ranks: cut for cut in found if cut is not None}.values())
+
+
+def between_calls(x: Tensor, cuts: Iterable[Cut]) -> bool:
+    """Whether a parameter is a DTensor that no module computes with: as ``fully_shard`` leaves it between calls."""
+    return is_sharded(x) and _ranks(x.device_mesh.mesh) not in {cut.ranks for cut in cuts}  # type: ignore[attr-defined]
+
+
+def _ranks(mesh: Tensor) -> tuple[int, ...]:
+    return tuple(mesh.flatten().tolist())
+
+
+def has_stand_ins(model: nn.Module) -> bool:
+    """Whether the model trains plain tensors in place of DTensors, as DDP does on a part of a mesh.
+
+    From its first forward on, modules hold the DTensors as attributes that are no parameters.
+    """
+    held = (one for module in model.modules() for one in vars(module).values() if isinstance(one, Tensor))
+    return any(hasattr(p, "_st_info") for p in model.parameters()) or any(map(is_sharded, held))
 
 
 def local(x: Tensor) -> Tensor:
@@ -51,19 +117,27 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
+def brought_together(given: Any) -> Any:
+    """The same arguments, with the DTensors among them brought together, which all ranks of their mesh call."""
+    if not any(isinstance(one, Tensor) and is_sharded(one) for one in tree_leaves(given)):
+        return given
+    return tree_map(lambda one: whole(one) if isinstance(one, Tensor) else one, given)
+
+
 def check_placements(name: str, gradient: Tensor) -> None:
-    """Refuse a gradient that cannot be written back shard by shard.
+    """Refuse a gradient that cannot be written back part by part.
 
     Raises:
-        ArgumentError: it has placements other than whole shards and repetitions of them.
+        ArgumentError: it has placements other than shards, repetitions, and parts of a sum.
     """
     if is_sharded(gradient):
         placements = gradient.placements  # type: ignore[attr-defined]
-        if not all(type(one) in (Shard, Replicate) for one in placements):
+        known = (Shard, _StridedShard, Replicate)
+        if not all(isinstance(one, known) or one.is_partial("sum") for one in placements):
             raise ArgumentError(
-                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected Shard(dim) and "
-                f"Replicate() alone, as fully_shard gives them. Exclude the layer that it is of with a rule, or bring "
-                f"the gradient together before the step."
+                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected Shard(dim), "
+                f"Replicate() and Partial('sum') alone, as fully_shard and parallelize_module give them. Exclude the "
+                f"layer that it is of with a rule, or bring the gradient together before the step."
             )
 
 
@@ -71,9 +145,13 @@ def write_into(gradient: Tensor, new: Tensor) -> None:
     """Write a whole tensor, the same on all ranks, into a gradient: into a DTensor the part that is here."""
     if is_sharded(gradient):
         mesh, placements = gradient.device_mesh, gradient.placements  # type: ignore[attr-defined]
-        # Each rank has all of it: nothing is sent.
+        sums = [one.is_partial() for one in placements]
+        # Each rank has all of it: nothing is sent. Of a sum the first rank has all, and the others nothing.
         repeated = DTensor.from_local(new.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        new = repeated.redistribute(placements=placements).to_local()
+        kept = [Replicate() if summed else one for summed, one in zip(sums, placements, strict=True)]
+        new = repeated.redistribute(placements=kept).to_local()
+        if any(summed and place for summed, place in zip(sums, mesh.get_coordinate(), strict=True)):
+            new = new.new_zeros(()).expand_as(new)
         gradient = gradient.to_local()  # type: ignore[attr-defined]
     gradient.copy_(new)
 

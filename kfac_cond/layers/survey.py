@@ -16,7 +16,8 @@ from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import LayerRule, settings_of_rules
-from .shards import is_sharded, of_data_parallel
+from .compound import CompoundKind
+from .shards import cut_of, is_sharded
 from .summed import TRAINED, trained_sums
 from .universal import MIN_DRAWS, universal_layout
 
@@ -161,6 +162,11 @@ def _layer(
     places = uses_of(weight, uses)
     if refusal := _refusal(weight, places):
         return refusal
+    if isinstance(role.kind, CompoundKind) and (cut := cut_of(weight, gathered=places[0].gathered)) is not None:
+        return (
+            f"a part of a module of several parts, which computes with a DTensor on {cut}",
+            "for a form of its own linear layers of their own in its place",
+        )
     sharers = []
     for use in places:
         other = roles.get((id(use.module), use.attribute))
@@ -249,11 +255,6 @@ def _refusal(weight: Tensor, places: list[Use]) -> tuple[str, str] | None:
         return f"its weight is {weight.layout}", "use a dense weight"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}", "use a real floating-point weight"
-    if is_sharded(weight) and not (of_data_parallel(weight) and all(use.gathered for use in places)):
-        return (
-            "its weight is a sharded DTensor",
-            "shard it with fully_shard alone, and give KFAC the module that was sharded; or train it with DDP",
-        )
     if not weight.numel():
         return "it has no entries", ""
     if any(getattr(use.module, "sparse", False) is True for use in places):
@@ -268,10 +269,10 @@ def _row(parameter: nn.Parameter, places: list[Use], layer: Layer, why: tuple[st
     if layer.modules:
         remarks = dict.fromkeys(layer.kind.remark(module, layer.sharing) for module in layer.modules)
         tied = _tied(places, "their uses count as positions of one layer")
-        reason = "; ".join(filter(None, (*tied, *remarks, reason, _as_shards(parameter))))
+        reason = "; ".join(filter(None, (*tied, *remarks, reason, _as_shards(parameter, places[0]))))
         return Row(path, layer.kind.name, parameter.numel(), True, reason, remedy, "kronecker")
     said = f"universal form, from {MIN_DRAWS} effective draws on in training: {why[0]}"
-    reason = "; ".join(filter(None, (said, reason, _as_shards(parameter))))
+    reason = "; ".join(filter(None, (said, reason, _as_shards(parameter, places[0]))))
     remedy = "; ".join(filter(None, (why[1], remedy)))
     return Row(path, type(places[0].module).__name__, parameter.numel(), True, reason, remedy, "universal")
 
@@ -283,9 +284,17 @@ def _tied(places: list[Use], meaning: str) -> list[str]:
     return [f"tied to {', '.join(others[:3])}{more}: {meaning}"] if others else []
 
 
-def _as_shards(parameter: Tensor) -> str:
-    """How a sharded parameter is covered; empty for a plain one."""
-    return "sharded: its gradient is brought together for the step" if is_sharded(parameter) else ""
+def _as_shards(parameter: Tensor, place: Use) -> str:
+    """How a parameter of which each rank has a part is covered; empty for a plain one."""
+    if not is_sharded(parameter):
+        return ""
+    cut = cut_of(parameter, gathered=place.gathered)
+    if cut is None:
+        return "sharded: its gradient is brought together for the step"
+    return (
+        f"on a tensor-parallel mesh of {cut}: what its module is given, and what comes back, is brought together at "
+        f"captures, its gradient for the step"
+    )
 
 
 def _left_out(parameter: nn.Parameter, places: list[Use], reason: str, remedy: str) -> Row:
