@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, StateError
 from .files import replaced
+from .layers.shards import whole
 from .linalg.sparse import SparseRows
 
 FORMAT = "kfac_cond.partial"
@@ -90,7 +91,8 @@ def digest_of_model(model: nn.Module) -> str:
     """A digest of the parameters, buffers and mode that outputs depend on: two sums of each, not all of their bytes."""
     total = sha256(str([module.training for module in model.modules()]).encode())
     named = [*model.named_parameters(), *model.named_buffers()]
-    sums = [torch.stack([x.detach().double().sum(), x.detach().double().square().sum()]) for _, x in named]
+    wide = [x.detach().double() for _, x in named]
+    sums = [torch.stack([whole(x.sum()), whole(x.square().sum())]) for x in wide]
     for (name, x), pair in zip(named, [one.cpu() for one in sums], strict=True):
         total.update(f"{name} {tuple(x.shape)} {x.dtype} {pair.tolist()}".encode())
     return total.hexdigest()

@@ -26,9 +26,9 @@ def with_different_data(cuts: Sequence[Cut]) -> Group:
     Raises:
         ArgumentError: the mesh does not tell.
     """
-    if not (cuts and is_initialised()):
+    cut = only(cuts) if is_initialised() else None
+    if cut is None:
         return Group()
-    cut = only(cuts)
     if len(cut.ranks) == dist.get_world_size():
         return Group.alone()
     # Where fully_shard put a parameter on a larger mesh than its modules compute on, that is the root itself.
@@ -58,18 +58,19 @@ def refuse_same_data(group: Group, cuts: Sequence[Cut]) -> None:
             )
 
 
-def only(cuts: Sequence[Cut]) -> Cut:
-    """The one set of ranks that weights are cut over.
+def only(cuts: Sequence[Cut]) -> Cut | None:
+    """The one set of several ranks that weights are cut over, or None.
 
     Raises:
-        ArgumentError: there are several.
+        ArgumentError: there are more.
     """
+    cuts = [cut for cut in cuts if len(cut.ranks) > 1]
     if len(cuts) > 1:
         raise ArgumentError(
             f"weights are cut over different sets of ranks, {' and '.join(map(_said, cuts))}: it cannot be told which "
             f"ranks have the same data. Before the first step, {_REMEDY}"
         )
-    return cuts[0]
+    return cuts[0] if cuts else None
 
 
 def number_of(cuts: Sequence[Cut]) -> int | None:
@@ -78,7 +79,8 @@ def number_of(cuts: Sequence[Cut]) -> int | None:
     Raises:
         ArgumentError: it cannot be told which have the same.
     """
-    return min(only(cuts).ranks) if cuts else None
+    cut = only(cuts)
+    return None if cut is None else min(cut.ranks)
 
 
 def _root(mesh: Any) -> Any:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..checks import checked_rules
 from ..errors import ArgumentError
 from . import UNIVERSAL, overridden
+from .compound import CompoundKind
 from .layer import Layer
 from .naming import join, named_modules
 from .places import Role, Use, owners_of, roles_in, uses_in, uses_of
 from .rules import LayerRule, settings_of_rules
-from .compound import CompoundKind
 from .shards import cut_of, is_sharded
 from .summed import TRAINED, trained_sums
 from .universal import MIN_DRAWS, universal_layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,19 @@ class Frozen(Perceptron):
         super().__init__()
         self.up.requires_grad_(False)
         self.down.bias.requires_grad_(False)
+
+
+class Functional(Perceptron):
+    """A weight that is used without a call of its module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self.up.weight, "device_mesh"):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            x = DTensor.from_local(x, self.up.weight.device_mesh, [Replicate()])
+        h = functional.linear(x, self.up.weight, self.up.bias).tanh()
+        h = h.to_local() if hasattr(h, "to_local") else h
+        return self.out(self.down(h).tanh())
 
 
 class Repeated(nn.Module):
@@ -158,6 +171,7 @@ class Case:
     model: Callable[[], nn.Module]
     plan: Callable[[], Plan]
     options: dict[str, Any] = field(default_factory=dict)
+    reduction: Literal["mean", "sum"] = "mean"
 
     @property
     def tokens(self) -> bool:
@@ -165,7 +179,7 @@ class Case:
         return isinstance(self.model(), Language)
 
     def likelihood(self) -> kc.Categorical:
-        return kc.Categorical(dim=1) if self.tokens else kc.Categorical()
+        return kc.Categorical(dim=1 if self.tokens else -1, reduction=self.reduction)
 
 
 def parts_of(structure: str) -> Case:
@@ -174,6 +188,8 @@ def parts_of(structure: str) -> Case:
 
 CASES = {
     "perceptron": Case(Perceptron, by_columns_and_rows),
+    "sum": Case(Perceptron, by_columns_and_rows, reduction="sum"),
+    "functional": Case(Functional, by_columns_and_rows),
     "frozen": Case(Frozen, by_columns_and_rows),
     "uneven": Case(partial(Perceptron, 5), uneven),
     "repeated": Case(Repeated, repeated),

@@ -125,25 +125,15 @@ def stepped_whole(rank: int) -> dict[str, torch.Tensor]:
 
 
 def refused(rank: int) -> dict[str, str]:
-    """What is said of what is not covered: FSDP1, tensor parallel, a gradient that is a part of a sum."""
-    from torch.distributed.device_mesh import init_device_mesh
+    """What is said of what is not covered: FSDP1, a gradient that is a part of a mean, products."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Partial
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (WORLD,))
     found = {}
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2), nn.Linear(2, 3))
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    found["tensor parallel"] = {row.path: (row.covered, row.reason) for row in kc.coverage(model).rows}
-    try:
-        kc.KFAC(model[:3], "categorical")
-    except kc.CoverageError as error:
-        found["all of it"] = str(error)
     own = Run(CASES["mixed"], "blocks")
     own.gradients(0, rank)
     weight = own.model.out.weight
-    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial()])
+    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial("avg")])
     before = own.model.inner.weight.grad.to_local().clone()
     try:
         own.optimizer.step()
@@ -238,21 +228,7 @@ def test_the_table_says_how_a_sharded_parameter_is_covered():
     assert rows["scale"].startswith("universal form")
 
 
-def test_tensor_parallel_layers_are_named():
-    found = results()[0]["refused"]
-    assert {path: covered for path, (covered, _) in found["tensor parallel"].items()} == {
-        "0.weight": False,
-        "0.bias": False,
-        "2.weight": False,
-        "2.bias": False,
-        "3.weight": True,
-        "3.bias": True,
-    }
-    assert found["tensor parallel"]["0.weight"][1] == "its weight is a sharded DTensor"
-    assert "no layer that KFAC covers (0.weight: its weight is a sharded DTensor" in found["all of it"]
-
-
-def test_a_gradient_that_is_part_of_a_sum_is_refused_before_anything_is_written():
+def test_a_gradient_that_is_part_of_a_mean_is_refused_before_anything_is_written():
     for result in results():
         assert "the gradient of 'out.weight' is a DTensor with placements" in result["refused"]["partial"]
         assert result["refused"]["unchanged"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -30,7 +30,11 @@ def estimated(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
     x, _, draws = parallel.data(case, 0)
     options = kc.Options(draws=[draws])
     found = kc.estimate(model, [x], case.likelihood(), structure=STRUCTURES, samples=len(draws), options=options)
-    tensors = {f"{word} {layer}": block.to_dense() for word, of in zip(STRUCTURES, found, strict=True) for layer, block in of.items()}
+    tensors = {
+        f"{word} {layer}": block.to_dense()
+        for word, of in zip(STRUCTURES, found, strict=True)
+        for layer, block in of.items()
+    }
     for layer, block in found[0].items():
         tensors |= {f"A {layer}": block.A, f"G {layer}": block.G}
     return tensors
@@ -64,7 +68,58 @@ def two(rank: int, world: int) -> dict[Any, Any]:
         found["rows", name] = {row.path: row.reason for row in kfac.coverage().rows}
         found["trained", name] = parallel.trained(case, model, kfac, [ALL])
         found["untouched", name] = untouched(name, mesh)
+    found["heard"] = {how: heard(how, mesh) for how in ("forward", "criterion")}
+    found["state"], found["wrapped before"] = saved(mesh), wrapped_before(mesh)
+    found["local"] = [in_parts(layout, mesh) for layout in ("vocabulary", "flattened")]
     return found
+
+
+def heard(how: str, mesh: Any) -> dict[str, torch.Tensor]:
+    """Factors of a step with outputs that are DTensors, listened to at the forward or at the criterion's call."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    x, y, _ = parallel.data(CASES["uneven"], 0)
+    model = parallel.built(CASES["uneven"], mesh)
+    criterion = nn.CrossEntropyLoss()
+    kfac = kc.KFAC(model, criterion if how == "criterion" else "categorical", data=kc.Data(seed=5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=cases.RATE)
+    kfac.attach(optimizer)
+    if mesh is None:
+        criterion(model(x), y).backward()
+    else:
+        with loss_parallel():
+            criterion(model(x), y).backward()
+    optimizer.step()
+    return {name: block.to_dense() for name, block in kfac.fisher().items()}
+
+
+def saved(mesh: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    model = parallel.built(CASES["language"], mesh)
+    kfac = parallel.wrapped(CASES["language"], model)
+    parallel.trained(CASES["language"], model, kfac, [ALL])
+    return kfac.state_dict(), {name: block.to_dense() for name, block in kfac.fisher().items()}
+
+
+def wrapped_before(mesh: Any) -> tuple[str, dict[str, Any]]:
+    """What is said when a wrapped model is cut, and its run after a refresh."""
+    case = CASES["perceptron"]
+    model = parallel.built(case)
+    kfac = parallel.wrapped(case, model)
+    parallel.cut(model, mesh, case.plan())
+    said = refusal(parallel.gradients, case, model, kfac, 0, ALL)
+    kfac.refresh()
+    return said, parallel.trained(case, model, kfac, [ALL])
+
+
+def in_parts(layout: str, mesh: Any) -> str:
+    """What is said of outputs of which each rank keeps its own part."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    parallel.cut(head, mesh, [{"2": ColwiseParallel()}])
+    kfac = kc.KFAC(head, kc.Categorical())
+    x = torch.ones(4, 3, 6)
+    return refusal(kfac.update, head(x) if layout == "vocabulary" else head(x).flatten(0, 1).float())
 
 
 @cache
@@ -109,6 +164,38 @@ def test_the_table_says_how_a_layer_is_covered():
     )
     assert rows["norm.weight"] == ""
     assert rows["tokens.weight"].startswith("universal form") and rows["q.weight"] in rows["tokens.weight"]
+
+
+@pytest.mark.parametrize("how", ["forward", "criterion"])
+def test_outputs_that_are_tensors_on_a_mesh_are_heard(how):
+    expected = heard(how, None)
+    for result in results():
+        assert result["heard"][how].keys() == expected.keys()
+        for name, block in expected.items():
+            assert_same(result["heard"][how][name], block)
+
+
+def test_a_state_knows_nothing_of_the_mesh():
+    (state, fisher), case = results()[0]["state"], CASES["language"]
+    kfac = parallel.wrapped(case, parallel.built(case))
+    kfac.load_state_dict(state)
+    for name, block in kfac.fisher().items():
+        assert_same(block.to_dense(), fisher[name])
+
+
+def test_a_model_that_is_cut_after_it_was_wrapped_asks_for_a_refresh():
+    expected = parallel.alone(CASES["perceptron"], [ALL])
+    for said, ended in (result["wrapped before"] for result in results()):
+        assert said.startswith("ModelChangedError: layer 'up' has other parameters than when it was wrapped")
+        assert "kfac.refresh()" in said
+        compare(ended, expected)
+
+
+@pytest.mark.parametrize(("index", "shape"), [(0, "(4, 3, 2)"), (1, "(12, 2)")])
+def test_outputs_of_which_a_rank_has_a_part_are_refused(index, shape):
+    said = results()[1]["local"][index]
+    assert said.startswith(f"CaptureError: the outputs of shape {shape} are this rank's part of a DTensor")
+    assert "output_layouts=Replicate()" in said and "use_local_output=False" in said
 
 
 # -- who has the same data ---------------------------------------------------------------------------------------------
@@ -161,17 +248,21 @@ def by_itself(model: nn.Module, plan: kc.Plan | None) -> str:
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for child in model.children():
+    # What modules share is cut with the module that holds them all.
+    for child in () if hasattr(model, "tie") else model.children():
         fully_shard(child, **options)
     return fully_shard(model, **options)
 
 
-def on_a_plane(name: str, mesh: Any, way: str, **plan: Any) -> dict[str, Any]:
+def on_a_plane(name: str, plane: Any, way: str, **plan: Any) -> dict[str, Any]:
     """A run where pairs of ranks have the same rows."""
-    case, (of_data, of_weights) = CASES[name], (mesh[one] for one in mesh.mesh_dim_names)
+    case, (of_data, of_weights) = CASES[name], (plane[one] for one in plane.mesh_dim_names)
     model = parallel.built(case, of_weights)
     if way == "fully_shard":
         sharded(model, mesh=of_data)
+        with torch.no_grad():
+            # It leaves parameters of the root whole.
+            model(parallel.data(case, 0)[0])
     kfac = parallel.wrapped(case, model)
     if way == "wrapped first":
         sharded(model, mesh=of_data)
@@ -186,33 +277,43 @@ def on_a_plane(name: str, mesh: Any, way: str, **plan: Any) -> dict[str, Any]:
 PLANES = [
     *(("perceptron", way, "replicate") for way in ("fully_shard", "wrapped first", "by hand")),
     *(("perceptron", way, "shard") for way in ("fully_shard", "by hand")),
-    *((name, "fully_shard", strategy) for name in ("language", "sequence", "tied") for strategy in ("replicate", "shard")),
+    *(
+        (name, "fully_shard", strategy)
+        for name in ("language", "sequence", "tied")
+        for strategy in ("replicate", "shard")
+    ),
     *((name, "by hand", "shard") for name in ("sequence", "uneven")),
 ]
 
 
 def four(rank: int, world: int) -> dict[Any, Any]:
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel
+    from torch.nn.parallel import DistributedDataParallel
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     perceptron = CASES["perceptron"]
-    found: dict[Any, Any] = {(name, way, strategy): on_a_plane(name, mesh, way, strategy=strategy) for name, way, strategy in PLANES}
-    found["default"] = on_a_plane("perceptron", mesh, "fully_shard")
+    found: dict[Any, Any] = {
+        (name, way, strategy): on_a_plane(name, mesh, way, strategy=strategy) for name, way, strategy in PLANES
+    }
+    found["default"] = on_a_plane("sum", mesh, "by hand")
     found["said"] = on_a_plane("perceptron", mesh, "by hand", mesh=mesh["dp"])
     for update in (True, False):
         found["labels", update] = labels_of(parallel.built(perceptron, mesh["tp"]), update=update)
     found["along tp"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=mesh["tp"]))
     found["everybody"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=dist.group.WORLD))
     # Pairs that no mesh of all processes has.
-    pair = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
     found["unknown"] = by_itself(parallel.built(perceptron, pair), None)
     found["then said"] = by_itself(parallel.built(perceptron, pair), kc.Plan(mesh=mesh["dp"]))
-    wide = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "tp", "one"))
-    found["both"] = by_itself(
-        nn.Sequential(parallel.built(perceptron, wide["dp"]), parallel.built(CASES["uneven"], wide["tp"])), None
-    )
-    found["all four"] = by_itself(parallel.built(CASES["tokens by columns"], init_device_mesh("cpu", (4,))), None)
-    from torch.nn.parallel import DistributedDataParallel
+    crossed = parallel.cut(nn.Linear(3, 4), mesh["dp"], [ColwiseParallel(output_layouts=Replicate())])
+    found["both"] = by_itself(nn.Sequential(parallel.built(perceptron, mesh["tp"]), crossed), None)
+    wide = parallel.Case(partial(parallel.Perceptron, 8), parallel.by_columns_and_rows)
+    found["all four"] = by_itself(parallel.built(wide, init_device_mesh("cpu", (4,))), None)
+    one = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "tp"))
+    found["of one"] = labels_of(parallel.built(perceptron, one["tp"]), update=True)
 
     ddp = DistributedDataParallel(parallel.built(perceptron, mesh["tp"]), device_mesh=mesh["dp"])
     found["ddp"] = refusal(kc.KFAC, ddp, "categorical")
@@ -228,7 +329,7 @@ def planes() -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("key", [*PLANES, "default", "said"])
 def test_on_two_dimensions_it_trains_as_one_process_with_all_the_data(key):
-    name = key[0] if isinstance(key, tuple) else "perceptron"
+    name = key[0] if isinstance(key, tuple) else {"default": "sum", "said": "perceptron"}[key]
     expected = parallel.alone(CASES[name], HALVES)
     for result in planes():
         compare(result[key], expected)
@@ -253,15 +354,20 @@ def test_what_a_mesh_does_not_tell_is_asked_for():
     assert result["unknown"].startswith("ArgumentError: weights are cut over the ranks [2, 3] of 2 ranks")
     assert "kfac.distribute(kc.Plan(mesh=...))" in result["unknown"]
     assert result["then said"] == "nothing"
-    assert "weights are cut over different sets of ranks, [0, 2]" in result["both"]
+    assert "weights are cut over different sets of ranks, [2, 3] of 2 ranks ('tp') and [0, 2] of" in result["both"]
 
 
 def test_where_all_ranks_share_one_weight_each_is_by_itself():
     assert all(result["all four"] == "nothing" for result in planes())
 
 
+def test_a_mesh_of_one_rank_shares_nothing():
+    drawn = [result["of one"] for result in planes()]
+    assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
+
+
 @pytest.mark.parametrize("key", ["ddp", "ddp after a forward"])
 def test_plain_tensors_in_place_of_parts_are_refused(key):
     said = planes()[0][key]
-    assert said.startswith("CoverageError: 'Perceptron'") or said.startswith("CoverageError: 'DistributedDataParallel'")
+    assert said.startswith("CoverageError: 'DistributedDataParallel'")
     assert "use fully_shard(model, mesh=mesh['dp'])" in said
