@@ -15,7 +15,7 @@ from .guards import RandomState, random_state, repeated, unpacked_graph
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer
 from .layers.replay import Replay
-from .layers.shards import Cut, between_calls, gathered_for_calls, whole
+from .layers.shards import Cut, between_calls, gathered_for_calls, is_sharded, whole
 
 
 class OwnTensors:
@@ -32,6 +32,7 @@ class OwnTensors:
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         self._model, self._layers = model, layers
         self._own = {name: _identities(layer) for name, layer in layers.items()}
+        self._parts = {name for name, layer in layers.items() if any(map(is_sharded, layer.held))}
         self._gathered = gathered_for_calls(model.modules())
 
     def at(self, layer: Layer) -> bool:
@@ -47,6 +48,7 @@ class OwnTensors:
 
         Raises:
             ModelChangedError: one has other parameters, which may be there for good.
+            CaptureError: one is whole for calls of a module that is not this one.
         """
         replaced = [layer for layer in self._layers.values() if not self.at(layer)]
         if replaced:
@@ -55,6 +57,12 @@ class OwnTensors:
         for layer in replaced:
             if all(isinstance(one, nn.Parameter) for one in layer.held):
                 layer.check_unchanged()
+                if layer.name in self._parts and not any(map(is_sharded, layer.held)):
+                    raise CaptureError(
+                        f"layer '{layer.name}' is whole in a call, where it was a part on a mesh when it was wrapped: "
+                        f"fully_shard holds it in a module around the {type(self._model).__name__} that was given to "
+                        f"KFAC. Give it the module that fully_shard was called on."
+                    )
                 raise ModelChangedError(
                     f"layer '{layer.name}' has other parameters than when it was wrapped. Call kfac.refresh() after "
                     f"replacing parameters, as load_state_dict(assign=True) does; put a functional_call on the "
@@ -169,9 +177,9 @@ class Call:
     def output_gradients(self, found: Iterator[Tensor | None]) -> Mapping[str, Tensor]:
         """The gradients of its parts' outputs, by part, of those reached; one is taken from ``found`` for each edge."""
         at_edges = [None if one is None else next(found) for one in self._arrivals]
-        for whole, inner in self._nested:
+        for outer, inner in self._nested:
             if inner < len(at_edges):
-                at_edges[inner] = self._without(at_edges, whole, inner)
+                at_edges[inner] = self._without(at_edges, outer, inner)
         pairs = zip(self._arrivals, at_edges, strict=True)
         gradients = [None if one is None or g is None else one.read(g) for one, g in pairs]
         if self._replay is not None:

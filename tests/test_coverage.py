@@ -174,15 +174,29 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_sharded_parameter_is_named(mesh):
+def test_a_parameter_on_a_mesh_is_said_to_be_so(mesh):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
     found = rows(model)
-    assert (found["0.weight"].covered, found["0.weight"].reason) == (False, "its weight is a sharded DTensor")
-    assert "fully_shard" in found["0.weight"].remedy
-    assert found["1.weight"].covered
+    assert found["0.weight"].covered and found["1.weight"].covered
+    assert found["0.weight"].reason.startswith("on a tensor-parallel mesh of 1 rank: what its module is given")
+    assert not found["1.weight"].reason
+
+
+def test_a_module_of_several_parts_on_a_mesh_is_in_the_universal_form(mesh):
+    from torch.distributed.tensor import distribute_module
+
+    model = nn.ModuleDict({"gates": nn.LSTM(2, 3), "out": nn.Linear(3, 2)})
+    distribute_module(model["gates"], mesh)
+    found = rows(model)
+    assert found["gates.weight_ih_l0"].form == "universal"
+    assert (
+        "a part of a module of several parts, which computes with a DTensor on 1 rank"
+        in found["gates.weight_ih_l0"].reason
+    )
+    assert found["out.weight"].form == "kronecker"
 
 
 class Half(nn.Module):

@@ -59,7 +59,7 @@ class Group:
 
     @classmethod
     def alone(cls) -> Group:
-        """This rank by itself, whatever others there are; nothing is sent."""
+        """A rank by itself, whatever others there are; nothing is sent."""
         one = cls.__new__(cls)
         one.group, one.rank, one.size = None, 0, 1
         return one

@@ -1,4 +1,4 @@
-"""Which ranks have different data, where weights are cut over a mesh: those that compute on one weight have the same."""
+"""Which ranks have different data where weights are cut over a mesh: those that compute on one weight have the same."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def refuse_same_data(group: Group, cuts: Sequence[Cut]) -> None:
     for cut in cuts:
         if group.size > 1 and len(twice := sorted({*cut.ranks} & {*group.ranks})) > 1:
             raise ArgumentError(
-                f"kc.Plan(mesh=...) has the ranks {_few(group.ranks)}, of which {_few(twice)} compute with parts of one "
-                f"weight and so on the same data: what they saw would count {len(twice)} times. Expected ranks with "
+                f"kc.Plan(mesh=...) has the ranks {_few(group.ranks)}, of which {_few(twice)} compute with parts "
+                f"of one weight and so on the same data, which would count {len(twice)} times. Expected ranks with "
                 f"different data: {_REMEDY}"
             )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch.distributed as dist
@@ -57,12 +57,12 @@ class Cut:
     def ranks(self) -> tuple[int, ...]:
         """These ranks, this one among them, as they are numbered among all processes; none where it is not on it."""
         here = self.mesh.get_coordinate()
-        return () if here is None else _ranks(self.mesh.mesh[tuple(here[: self.first])])
+        return () if here is None else tuple(self.mesh.mesh[tuple(here[: self.first])].flatten().tolist())
 
     def __str__(self) -> str:
         names = (self.mesh.mesh_dim_names or ())[self.first :]
         said = f" ({', '.join(map(repr, names))})" if names else ""
-        return f"{len(self.ranks)} ranks{said}"
+        return f"{len(self.ranks)} rank{'s' * (len(self.ranks) != 1)}{said}"
 
 
 def cut_of(x: Tensor, *, gathered: bool) -> Cut | None:
@@ -91,11 +91,13 @@ def cuts_of(model: nn.Module) -> tuple[Cut, ...]:
 
 def between_calls(x: Tensor, cuts: Iterable[Cut]) -> bool:
     """Whether a parameter is a DTensor that no module computes with: as ``fully_shard`` leaves it between calls."""
-    return is_sharded(x) and _ranks(x.device_mesh.mesh) not in {cut.ranks for cut in cuts}  # type: ignore[attr-defined]
+    return is_sharded(x) and _ranks(x.device_mesh) not in {cut.ranks for cut in cuts}  # type: ignore[attr-defined]
 
 
-def _ranks(mesh: Tensor) -> tuple[int, ...]:
-    return tuple(mesh.flatten().tolist())
+@lru_cache
+def _ranks(mesh: Any) -> tuple[int, ...]:
+    """All ranks of a mesh; asked for at every call of a layer."""
+    return tuple(mesh.mesh.flatten().tolist())
 
 
 def has_stand_ins(model: nn.Module) -> bool:

@@ -144,6 +144,14 @@ def refused(rank: int) -> dict[str, str]:
         kc.implicit(own.model, [cases.data(0)[0]], "categorical")
     except kc.CoverageError as error:
         found["implicit"] = str(error)
+    inside = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 3))
+    sharded(inside, blocks=False, reshard=True)
+    kfac = kc.KFAC(inside[0], "categorical")
+    try:
+        inside(cases.data(0)[0])
+    except kc.CaptureError as error:
+        found["inside"] = str(error)
+    kfac.remove()
     flat = FullyShardedDataParallel(nn.Linear(6, 3), device_id=torch.device("cpu"))
     try:
         kc.KFAC(flat, "categorical")
@@ -236,6 +244,12 @@ def test_a_gradient_that_is_part_of_a_mean_is_refused_before_anything_is_written
 
 def test_products_with_sharded_parameters_are_refused():
     assert "has no place in the Fisher: it is a sharded DTensor" in results()[0]["refused"]["implicit"]
+
+
+def test_a_module_inside_of_the_one_that_was_sharded_is_refused():
+    said = results()[0]["refused"]["inside"]
+    assert said.startswith("layer '0' is whole in a call, where it was a part on a mesh when it was wrapped")
+    assert said.endswith("Give it the module that fully_shard was called on.")
 
 
 def test_the_first_fsdp_is_refused_with_what_to_use():
