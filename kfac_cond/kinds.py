@@ -39,8 +39,9 @@ class Expectation:
         groups = min(self.samples, MAX_GROUPS) if self.kind == "sampled" and options.draws is None else 1
         self.slots = slots_of(self.likelihood, draws=self.samples, groups=groups)
         seed = options.seed if options.seed is not None else (options.data or Data()).seed
-        self.draws = Draws(seed, rank=number_of(cuts_of(request.model)))
         self.injected = None if options.draws is None else iter(options.draws)
+        draws = self.kind == "sampled" and self.injected is None
+        self.draws = Draws(seed, rank=number_of(cuts_of(request.model)) if draws else None)
 
     def scores(self, heads: Sequence[Head], batch: Any, labels: Any) -> tuple[Iterator[Sent], Tensor]:
         """What is sent back from the heads of the next batch.

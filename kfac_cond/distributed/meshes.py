@@ -26,7 +26,7 @@ def with_different_data(cuts: Sequence[Cut]) -> Group:
     Raises:
         ArgumentError: the mesh does not tell.
     """
-    cut = only(cuts) if is_initialised() else None
+    cut = only(cuts, f"Before the first step, {_REMEDY}") if is_initialised() else None
     if cut is None:
         return Group()
     if len(cut.ranks) == dist.get_world_size():
@@ -58,8 +58,12 @@ def refuse_same_data(group: Group, cuts: Sequence[Cut]) -> None:
             )
 
 
-def only(cuts: Sequence[Cut]) -> Cut | None:
+def only(cuts: Sequence[Cut], remedy: str) -> Cut | None:
     """The one set of several ranks that weights are cut over, or None.
+
+    Args:
+        cuts: over which ranks weights are cut.
+        remedy: what to do where there are more sets.
 
     Raises:
         ArgumentError: there are more.
@@ -68,7 +72,7 @@ def only(cuts: Sequence[Cut]) -> Cut | None:
     if len(cuts) > 1:
         raise ArgumentError(
             f"weights are cut over different sets of ranks, {' and '.join(map(_said, cuts))}: it cannot be told which "
-            f"ranks have the same data. Before the first step, {_REMEDY}"
+            f"ranks have the same data. {remedy}"
         )
     return cuts[0] if cuts else None
 
@@ -79,7 +83,7 @@ def number_of(cuts: Sequence[Cut]) -> int | None:
     Raises:
         ArgumentError: it cannot be told which have the same.
     """
-    cut = only(cuts)
+    cut = only(cuts, "Hand in the labels that all of them are to take, kc.Options(draws=...)")
     return None if cut is None else min(cut.ranks)
 
 

@@ -199,6 +199,7 @@ CASES = {
     "tied": Case(Tied, language),
     "reduce": Case(Language, language, options={"rules": {"[qvo]": {"sharing": "reduce"}}}),
     "diagonal sides": Case(Language, along_the_sequence, options={"rules": {"up": {"max_factor_dim": 4}}}),
+    "fraction": Case(Language, along_the_sequence, options={"rules": {"[uqd]*": {"fraction": 0.5}}}),
     "tkfac": parts_of("tkfac"),
     "diagonal": parts_of("diagonal"),
     "ekfac": parts_of("ekfac"),

@@ -70,6 +70,10 @@ def two(rank: int, world: int) -> dict[Any, Any]:
         found["untouched", name] = untouched(name, mesh)
     found["heard"] = {how: heard(how, mesh) for how in ("forward", "criterion")}
     found["state"], found["wrapped before"] = saved(mesh), wrapped_before(mesh)
+    adapted = parallel.built(CASES["perceptron"], mesh)
+    adapted.up.requires_grad_(False)
+    adapted.down.requires_grad_(False)
+    found["adapted"] = labels_of(adapted, update=True)
     found["local"] = [in_parts(layout, mesh) for layout in ("vocabulary", "flattened")]
     return found
 
@@ -256,10 +260,11 @@ def sharded(model: nn.Module, **options: Any) -> nn.Module:
 
 def on_a_plane(name: str, plane: Any, way: str, **plan: Any) -> dict[str, Any]:
     """A run where pairs of ranks have the same rows."""
-    case, (of_data, of_weights) = CASES[name], (plane[one] for one in plane.mesh_dim_names)
+    case, names = CASES[name], plane.mesh_dim_names
+    of_data, of_weights = plane[names[0]], plane[names[-1]]
     model = parallel.built(case, of_weights)
     if way == "fully_shard":
-        sharded(model, mesh=of_data)
+        sharded(model, mesh=plane[names[:-1]])
         with torch.no_grad():
             # It leaves parameters of the root whole.
             model(parallel.data(case, 0)[0])
@@ -298,6 +303,8 @@ def four(rank: int, world: int) -> dict[Any, Any]:
         (name, way, strategy): on_a_plane(name, mesh, way, strategy=strategy) for name, way, strategy in PLANES
     }
     found["default"] = on_a_plane("sum", mesh, "by hand")
+    cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("repeated", "cut", "tp"))
+    found["hybrid"] = on_a_plane("sequence", cube, "fully_shard")
     found["said"] = on_a_plane("perceptron", mesh, "by hand", mesh=mesh["dp"])
     for update in (True, False):
         found["labels", update] = labels_of(parallel.built(perceptron, mesh["tp"]), update=update)
@@ -327,9 +334,9 @@ def planes() -> list[dict[Any, Any]]:
     return run(four, 4)
 
 
-@pytest.mark.parametrize("key", [*PLANES, "default", "said"])
+@pytest.mark.parametrize("key", [*PLANES, "default", "hybrid", "said"])
 def test_on_two_dimensions_it_trains_as_one_process_with_all_the_data(key):
-    name = key[0] if isinstance(key, tuple) else {"default": "sum", "said": "perceptron"}[key]
+    name = key[0] if isinstance(key, tuple) else {"default": "sum", "hybrid": "sequence", "said": "perceptron"}[key]
     expected = parallel.alone(CASES[name], HALVES)
     for result in planes():
         compare(result[key], expected)
@@ -359,6 +366,11 @@ def test_what_a_mesh_does_not_tell_is_asked_for():
 
 def test_where_all_ranks_share_one_weight_each_is_by_itself():
     assert all(result["all four"] == "nothing" for result in planes())
+
+
+def test_labels_agree_where_no_weight_that_is_cut_trains():
+    first, second = (result["adapted"] for result in results())
+    assert torch.equal(first, second)
 
 
 def test_a_mesh_of_one_rank_shares_nothing():
