@@ -295,3 +295,12 @@ def alone(case: Case, rows: list[slice]) -> dict[str, Any]:
     """A run on one process, of which the ranks' rows are micro-batches."""
     model = built(case)
     return trained(case, model, wrapped(case, model), rows)
+
+
+def refusal(call: Any, *args: Any, **kwargs: Any) -> str:
+    """What an error says, with its type."""
+    try:
+        call(*args, **kwargs)
+    except kc.KFACError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

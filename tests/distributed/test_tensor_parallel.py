@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from .spawn import run
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 ALL = slice(0, cases.N)
 HALVES = [slice(0, 5), slice(5, cases.N)]
+KINDS = ["functional", "frozen", "uneven"]
 STRUCTURES = ["kfac", "ekfac", "tkfac", "diagonal"]
 
 
@@ -40,11 +42,25 @@ def estimated(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def untouched(name: str, mesh: Any) -> bool:
+def kinds(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Blocks of other expectations than at drawn labels, and of an estimate that notes how far it got."""
+    case, found = CASES[name], {}
+    x, y, _ = parallel.data(case, 0)
+    for kind in ("exact", "empirical", "forward_only"):
+        found[kind] = kc.estimate(model, [(x, y)], case.likelihood(), kind=kind)
+    with TemporaryDirectory() as folder:
+        options = kc.Options(seed=5, partial=f"{folder}/partial")
+        found["noted"] = kc.estimate(model, [(x, y)], case.likelihood(), options=options)
+    return {f"{kind} {layer}": block.to_dense() for kind, of in found.items() for layer, block in of.items()}
+
+
+def untouched(name: str, mesh: Any, along: Any = None) -> bool:
     """Whether the gradients of a step with a capture in it are those without one, to the last bit."""
     found = []
     for with_kfac in (True, False):
         model = parallel.built(CASES[name], mesh)
+        if along is not None:
+            sharded(model, mesh=along)
         kfac = parallel.wrapped(CASES[name], model) if with_kfac else None
         parallel.gradients(CASES[name], model, kfac, 0, ALL)
         found.append([None if p.grad is None else p.grad for p in model.parameters()])
@@ -68,12 +84,10 @@ def two(rank: int, world: int) -> dict[Any, Any]:
         found["rows", name] = {row.path: row.reason for row in kfac.coverage().rows}
         found["trained", name] = parallel.trained(case, model, kfac, [ALL])
         found["untouched", name] = untouched(name, mesh)
+    for name in KINDS:
+        found["kinds", name] = kinds(name, parallel.built(CASES[name], mesh))
     found["heard"] = {how: heard(how, mesh) for how in ("forward", "criterion")}
     found["state"], found["wrapped before"] = saved(mesh), wrapped_before(mesh)
-    adapted = parallel.built(CASES["perceptron"], mesh)
-    adapted.up.requires_grad_(False)
-    adapted.down.requires_grad_(False)
-    found["adapted"] = labels_of(adapted, update=True)
     found["local"] = [in_parts(layout, mesh) for layout in ("vocabulary", "flattened")]
     return found
 
@@ -110,7 +124,7 @@ def wrapped_before(mesh: Any) -> tuple[str, dict[str, Any]]:
     model = parallel.built(case)
     kfac = parallel.wrapped(case, model)
     parallel.cut(model, mesh, case.plan())
-    said = refusal(parallel.gradients, case, model, kfac, 0, ALL)
+    said = parallel.refusal(parallel.gradients, case, model, kfac, 0, ALL)
     kfac.refresh()
     return said, parallel.trained(case, model, kfac, [ALL])
 
@@ -123,7 +137,7 @@ def in_parts(layout: str, mesh: Any) -> str:
     parallel.cut(head, mesh, [{"2": ColwiseParallel()}])
     kfac = kc.KFAC(head, kc.Categorical())
     x = torch.ones(4, 3, 6)
-    return refusal(kfac.update, head(x) if layout == "vocabulary" else head(x).flatten(0, 1).float())
+    return parallel.refusal(kfac.update, head(x) if layout == "vocabulary" else head(x).flatten(0, 1).float())
 
 
 @cache
@@ -146,6 +160,15 @@ def test_factors_are_those_of_the_whole_layers(name):
         assert result["estimated", name].keys() == expected.keys()
         for key, value in expected.items():
             assert_same(result["estimated", name][key], value, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_expectations_are_those_of_the_whole_layers(name):
+    expected = kinds(name, parallel.built(CASES[name]))
+    for result in results():
+        assert result["kinds", name].keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(result["kinds", name][key], value, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -202,51 +225,7 @@ def test_outputs_of_which_a_rank_has_a_part_are_refused(index, shape):
     assert "output_layouts=Replicate()" in said and "use_local_output=False" in said
 
 
-# -- who has the same data ---------------------------------------------------------------------------------------------
-
-
-class Recording(kc.Categorical):
-    """Keeps the labels that it draws."""
-
-    drawn: list[torch.Tensor]
-
-    def sample(self, outputs: torch.Tensor, generator: Any = None) -> torch.Tensor:
-        labels = super().sample(outputs, generator)
-        self.drawn.append(labels)
-        return labels
-
-
-def labels_of(model: nn.Module, *, update: bool) -> torch.Tensor:
-    """Labels drawn for one batch, the same on all ranks."""
-    Recording.drawn = []
-    x, _, _ = parallel.data(CASES["perceptron"], 0)
-    if update:
-        kfac = kc.KFAC(model, Recording(), data=kc.Data(seed=5))
-        kfac.update(model(x))
-        kfac.remove()
-    else:
-        kc.estimate(model, [x], Recording(), options=kc.Options(seed=5))
-    return torch.cat(Recording.drawn)
-
-
-def refusal(call: Any, *args: Any, **kwargs: Any) -> str:
-    """What an error says, with its type."""
-    try:
-        call(*args, **kwargs)
-    except kc.KFACError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def by_itself(model: nn.Module, plan: kc.Plan | None) -> str:
-    """What is said at the first capture of a model with this plan, or without one."""
-    kfac = parallel.wrapped(CASES["perceptron"], model)
-    try:
-        if plan is not None:
-            return refusal(kfac.distribute, plan)
-        return refusal(parallel.gradients, CASES["perceptron"], model, kfac, 0, ALL)
-    finally:
-        kfac.remove()
+# -- with data parallelism ---------------------------------------------------------------------------------------------
 
 
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
@@ -282,23 +261,17 @@ def on_a_plane(name: str, plane: Any, way: str, **plan: Any) -> dict[str, Any]:
 PLANES = [
     *(("perceptron", way, "replicate") for way in ("fully_shard", "wrapped first", "by hand")),
     *(("perceptron", way, "shard") for way in ("fully_shard", "by hand")),
-    *(
-        (name, "fully_shard", strategy)
-        for name in ("language", "sequence", "tied")
-        for strategy in ("replicate", "shard")
-    ),
-    *((name, "by hand", "shard") for name in ("sequence", "uneven")),
+    *(("sequence", way, "shard") for way in ("fully_shard", "by hand")),
+    ("language", "fully_shard", "replicate"),
+    ("tied", "fully_shard", "shard"),
+    ("uneven", "by hand", "shard"),
 ]
 
 
 def four(rank: int, world: int) -> dict[Any, Any]:
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel
-    from torch.nn.parallel import DistributedDataParallel
+    from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    perceptron = CASES["perceptron"]
     found: dict[Any, Any] = {
         (name, way, strategy): on_a_plane(name, mesh, way, strategy=strategy) for name, way, strategy in PLANES
     }
@@ -306,26 +279,7 @@ def four(rank: int, world: int) -> dict[Any, Any]:
     cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("repeated", "cut", "tp"))
     found["hybrid"] = on_a_plane("sequence", cube, "fully_shard")
     found["said"] = on_a_plane("perceptron", mesh, "by hand", mesh=mesh["dp"])
-    for update in (True, False):
-        found["labels", update] = labels_of(parallel.built(perceptron, mesh["tp"]), update=update)
-    found["along tp"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=mesh["tp"]))
-    found["everybody"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=dist.group.WORLD))
-    # Pairs that no mesh of all processes has.
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
-    found["unknown"] = by_itself(parallel.built(perceptron, pair), None)
-    found["then said"] = by_itself(parallel.built(perceptron, pair), kc.Plan(mesh=mesh["dp"]))
-    crossed = parallel.cut(nn.Linear(3, 4), mesh["dp"], [ColwiseParallel(output_layouts=Replicate())])
-    found["both"] = by_itself(nn.Sequential(parallel.built(perceptron, mesh["tp"]), crossed), None)
-    wide = parallel.Case(partial(parallel.Perceptron, 8), parallel.by_columns_and_rows)
-    found["all four"] = by_itself(parallel.built(wide, init_device_mesh("cpu", (4,))), None)
-    one = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "tp"))
-    found["of one"] = labels_of(parallel.built(perceptron, one["tp"]), update=True)
-
-    ddp = DistributedDataParallel(parallel.built(perceptron, mesh["tp"]), device_mesh=mesh["dp"])
-    found["ddp"] = refusal(kc.KFAC, ddp, "categorical")
-    ddp(torch.ones(2, 6))
-    found["ddp after a forward"] = refusal(kc.KFAC, ddp, "categorical")
+    found["untouched"] = untouched("sequence", mesh["tp"], mesh["dp"])
     return found
 
 
@@ -342,44 +296,5 @@ def test_on_two_dimensions_it_trains_as_one_process_with_all_the_data(key):
         compare(result[key], expected)
 
 
-@pytest.mark.parametrize("update", [True, False])
-def test_labels_differ_along_the_data_and_agree_along_the_weights(update):
-    first, same, other, too = (result["labels", update] for result in planes())
-    assert torch.equal(first, same) and torch.equal(other, too)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize(("key", "twice"), [("along tp", "[0, 1]"), ("everybody", "[0, 1]")])
-def test_ranks_with_the_same_data_never_count_twice(key, twice):
-    said = planes()[0][key]
-    assert said.startswith("ArgumentError: kc.Plan(mesh=...) has the ranks [0, 1")
-    assert f"of which {twice} compute with parts of one weight" in said and "would count 2 times" in said
-
-
-def test_what_a_mesh_does_not_tell_is_asked_for():
-    result = planes()[2]
-    assert result["unknown"].startswith("ArgumentError: weights are cut over the ranks [2, 3] of 2 ranks")
-    assert "kfac.distribute(kc.Plan(mesh=...))" in result["unknown"]
-    assert result["then said"] == "nothing"
-    assert "weights are cut over different sets of ranks, [2, 3] of 2 ranks ('tp') and [0, 2] of" in result["both"]
-
-
-def test_where_all_ranks_share_one_weight_each_is_by_itself():
-    assert all(result["all four"] == "nothing" for result in planes())
-
-
-def test_labels_agree_where_no_weight_that_is_cut_trains():
-    first, second = (result["adapted"] for result in results())
-    assert torch.equal(first, second)
-
-
-def test_a_mesh_of_one_rank_shares_nothing():
-    drawn = [result["of one"] for result in planes()]
-    assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
-
-
-@pytest.mark.parametrize("key", ["ddp", "ddp after a forward"])
-def test_plain_tensors_in_place_of_parts_are_refused(key):
-    said = planes()[0][key]
-    assert said.startswith("CoverageError: 'DistributedDataParallel'")
-    assert "use fully_shard(model, mesh=mesh['dp'])" in said
+def test_a_capture_of_a_sharded_one_leaves_the_gradients_to_the_last_bit():
+    assert all(result["untouched"] for result in planes())
