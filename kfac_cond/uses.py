@@ -109,5 +109,5 @@ def _shapes(
         return {part: replay.inputs(part, None)[0].shape for part in parts}
     if kind is None or not isinstance(output, Tensor):
         return {}
-    # On the meta device, where rearranging copies nothing.
-    return {"": kind.output_gradients(module, output.detach().to("meta")).shape}
+    # On the meta device, where rearranging copies nothing; of a DTensor all of it.
+    return {"": kind.output_gradients(module, torch.empty(output.shape, dtype=output.dtype, device="meta")).shape}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NumericalError
+from ..layers.shards import brought_together
 from ..linalg.kronecker import block_diagonal
 
 if TYPE_CHECKING:
@@ -196,7 +197,8 @@ class Block(ABC):
         return named(self.layout, matrix)
 
     def _to_matrix(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """A vector in any form as a matrix in the block's dtype."""
+        """A vector in any form as a matrix in the block's dtype; DTensors are brought together by all their ranks."""
+        v = brought_together(v)
         if isinstance(v, Tensor):
             if tuple(v.shape) not in (self.layout.matrix_shape, (self.layout.numel,)):
                 raise ArgumentError(

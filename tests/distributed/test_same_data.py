@@ -45,7 +45,7 @@ def labels_of(model: nn.Module, *, update: bool) -> torch.Tensor:
     return torch.cat(Recording.drawn)
 
 
-def by_itself(model: nn.Module, plan: kc.Plan | None) -> str:
+def said_of(model: nn.Module, plan: kc.Plan | None) -> str:
     """What is said at the first capture of a model with this plan, or without one."""
     kfac = parallel.wrapped(CASES["perceptron"], model)
     try:
@@ -67,17 +67,17 @@ def told(rank: int, world: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for update in (True, False):
         found["labels", update] = labels_of(parallel.built(perceptron, mesh["tp"]), update=update)
-    found["along tp"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=mesh["tp"]))
-    found["everybody"] = by_itself(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=dist.group.WORLD))
+    found["along tp"] = said_of(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=mesh["tp"]))
+    found["everybody"] = said_of(parallel.built(perceptron, mesh["tp"]), kc.Plan(mesh=dist.group.WORLD))
     # Pairs that no mesh of all processes has.
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
-    found["unknown"] = by_itself(parallel.built(perceptron, pair), None)
-    found["then said"] = by_itself(parallel.built(perceptron, pair), kc.Plan(mesh=mesh["dp"]))
+    found["unknown"] = said_of(parallel.built(perceptron, pair), None)
+    found["then said"] = said_of(parallel.built(perceptron, pair), kc.Plan(mesh=mesh["dp"]))
     crossed = parallel.cut(nn.Linear(3, 4), mesh["dp"], [ColwiseParallel(output_layouts=Replicate())])
-    found["both"] = by_itself(nn.Sequential(parallel.built(perceptron, mesh["tp"]), crossed), None)
+    found["both"] = said_of(nn.Sequential(parallel.built(perceptron, mesh["tp"]), crossed), None)
     wide = parallel.Case(partial(parallel.Perceptron, 8), parallel.by_columns_and_rows)
-    found["all four"] = by_itself(parallel.built(wide, init_device_mesh("cpu", (4,))), None)
+    found["all four"] = said_of(parallel.built(wide, init_device_mesh("cpu", (4,))), None)
     one = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "tp"))
     found["of one"] = labels_of(parallel.built(perceptron, one["tp"]), update=True)
 
@@ -119,7 +119,7 @@ def test_what_a_mesh_does_not_tell_is_asked_for():
     assert "weights are cut over different sets of ranks, [2, 3] of 2 ranks ('tp') and [0, 2] of" in result["both"]
 
 
-def test_where_all_ranks_share_one_weight_each_is_by_itself():
+def test_where_all_ranks_share_one_weight_each_is_said_of():
     assert all(result["all four"] == "nothing" for result in results())
 
 

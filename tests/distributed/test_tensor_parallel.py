@@ -54,6 +54,18 @@ def kinds(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"{kind} {layer}": block.to_dense() for kind, of in found.items() for layer, block in of.items()}
 
 
+def solved(mesh: Any) -> dict[str, torch.Tensor]:
+    """Gradients that are on a mesh through the inverse of an estimate; and the rows that a forward adds to factors."""
+    case = CASES["sequence"]
+    model = parallel.built(case, mesh)
+    x, _, draws = parallel.data(case, 0)
+    fisher = kc.estimate(model, [x], case.likelihood(), options=kc.Options(draws=[draws[:1]]))
+    parallel.gradients(case, model, None, 0, ALL)
+    found = fisher.solve({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, damping=0.1)
+    costs = [row.capture_flops or 0 for row in kc.coverage(model, x).rows]
+    return {**found, "costs": torch.tensor(costs, dtype=torch.float64)}
+
+
 def untouched(name: str, mesh: Any, along: Any = None) -> bool:
     """Whether the gradients of a step with a capture in it are those without one, to the last bit."""
     found = []
@@ -86,6 +98,7 @@ def two(rank: int, world: int) -> dict[Any, Any]:
         found["untouched", name] = untouched(name, mesh)
     for name in KINDS:
         found["kinds", name] = kinds(name, parallel.built(CASES[name], mesh))
+    found["solved"] = solved(mesh)
     found["heard"] = {how: heard(how, mesh) for how in ("forward", "criterion")}
     found["state"], found["wrapped before"] = saved(mesh), wrapped_before(mesh)
     found["local"] = [in_parts(layout, mesh) for layout in ("vocabulary", "flattened")]
@@ -191,6 +204,14 @@ def test_the_table_says_how_a_layer_is_covered():
     )
     assert rows["norm.weight"] == ""
     assert rows["tokens.weight"].startswith("universal form") and rows["q.weight"] in rows["tokens.weight"]
+
+
+def test_gradients_on_a_mesh_are_vectors_of_an_estimate():
+    expected = solved(None)
+    for result in results():
+        assert result["solved"].keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same(result["solved"][name], value)
 
 
 @pytest.mark.parametrize("how", ["forward", "criterion"])
