@@ -50,6 +50,6 @@ class Refreshes:
             shared.refresh(damping, only=None if everything else only)
             if self._change is not None:
                 shared.factors.remember()
-        shared.factors.rescale(damping)
         if not (first or (due and everything)):
-            shared.factors.refresh_unread(self._at.get(step % self._period, ()), damping)
+            shared.refresh_unread(self._at.get(step % self._period, ()), damping)
+        shared.rescale(damping)

@@ -126,22 +126,31 @@ def unpacked_sums(layer: Layer, pieces: Sequence[Piece], flat: Sequence[Tensor],
     return LayerSums(A, count, G.reshape(slots, *layer.sum_shapes[1]))
 
 
-def inverse_pieces(layer: Layer, rule: Rule) -> dict[str, Piece]:
-    """What is sent of a layer's inverse, by the name of the block's tensor."""
+def basis_pieces(layer: Layer) -> dict[str, Piece]:
+    """What is sent of a layer's eigenbases: the identity of a side that is a diagonal is not."""
+    shapes = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
+    return {f"basis_{side}": Piece(shape) for side, shape in shapes if side not in layer.diagonal_sides}
+
+
+def inverse_type(layer: Layer, rule: Rule) -> type[KroneckerBlock | EigenBlock | DiagonalBlock]:
+    """The block that a layer's inverse is."""
     if isinstance(layer.gradient_sums, GradientSquares):
-        return {"values": Piece(layer.layout.matrix_shape)}
-    shapes = dict(zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True))
-    if rule == "factored":
-        return {side: Piece(shape, side not in layer.diagonal_sides) for side, shape in shapes.items()}
-    bases = {f"basis_{side}": Piece(shape) for side, shape in shapes.items() if side not in layer.diagonal_sides}
+        return DiagonalBlock
+    return KroneckerBlock if rule == "factored" and not layer.turns else EigenBlock
+
+
+def inverse_pieces(layer: Layer, rule: Rule) -> dict[str, Piece]:
+    """What is sent of a layer's inverse, by the name of the block's tensor; bases that every rank has are not."""
+    kind = inverse_type(layer, rule)
+    if kind is KroneckerBlock:
+        shapes = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
+        return {side: Piece(shape, side not in layer.diagonal_sides) for side, shape in shapes}
+    bases = basis_pieces(layer) if kind is EigenBlock and not layer.turns else {}
     return bases | {"values": Piece(layer.layout.matrix_shape)}
 
 
-def inverse_of(layer: Layer, rule: Rule, tensors: Mapping[str, Tensor]) -> Block:
-    """The block of the tensors that ``inverse_pieces`` names."""
-    if isinstance(layer.gradient_sums, GradientSquares):
-        return DiagonalBlock(layer.layout, tensors["values"], layer.name)
-    if rule == "factored":
-        return KroneckerBlock(layer.layout, tensors["A"], tensors["G"], layer.name)
-    basis_A, basis_G = tensors.get("basis_A"), tensors.get("basis_G")
-    return EigenBlock(layer.layout, basis_A, basis_G, tensors["values"], layer.name)
+def inverse_of(layer: Layer, rule: Rule, tensors: Mapping[str, Tensor | None]) -> Block:
+    """The block of the tensors that ``inverse_pieces`` names, and of its bases where there are any."""
+    kind = inverse_type(layer, rule)
+    absent = {"basis_A": None, "basis_G": None} if kind is EigenBlock else {}
+    return kind(layer.layout, **absent | dict(tensors), name=layer.name)  # type: ignore[arg-type]
