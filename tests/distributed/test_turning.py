@@ -68,7 +68,16 @@ def traffic(options: dict[str, Any], strategy: Any, rank: int, world: int) -> di
             *table.step_messages,
         ]
         found[name] = seen, [(one.kind, one.nbytes) for one in planned]
+    found["held"] = held(run.kfac), table.ranks[rank].inverse_bytes
     return found
+
+
+def held(kfac: kc.KFAC) -> int:
+    """Bytes of the inverses and bases of a rank, each tensor once."""
+    kept = kfac._shared.factors
+    blocks = [getattr(one, key, None) for one in kept.inverses.values() for key in ("basis_A", "basis_G", "values")]
+    bases = [basis for pair in kept.bases.values() for basis in pair]
+    return sum({one.data_ptr(): one.nbytes for one in [*blocks, *bases] if one is not None}.values())
 
 
 def staggered_traffic(options: dict[str, Any], strategy: Any, rank: int, world: int) -> list[Any]:
@@ -231,6 +240,14 @@ def test_the_bytes_sent_are_those_planned(world, strategy, name, when):
     for rank in range(world):
         sent, planned = results(world)[rank][f"traffic {name} {strategy}"][when]
         assert sent == planned
+
+
+@pytest.mark.parametrize("name", ["ekfac", "exact"])
+@pytest.mark.parametrize(("world", "strategy"), [(world, one) for world, several in WORLDS.items() for one in several])
+def test_so_are_the_bytes_held(world, strategy, name):
+    for rank in range(world):
+        found, planned = results(world)[rank][f"traffic {name} {strategy}"]["held"]
+        assert found == planned
 
 
 @pytest.mark.parametrize("name", ["ekfac", "exact"])
