@@ -96,7 +96,7 @@ class Intake:
         self._pending: Statistics | None = None
         self._flags = Flags()
         #: What is on its way to the ranks that keep it.
-        self._sent: list[tuple[Captured, Reduction | Alone]] = []
+        self._sent: list[Reduction | Alone] = []
 
     @property
     def capture(self) -> Capture:
@@ -161,7 +161,7 @@ class Intake:
     @property
     def gathered(self) -> tuple[Statistics, Flags] | None:
         """What this rank gathered since the last step that took something in, with its flags; or None."""
-        parts = [(one.statistics, one.flags) for one, _ in self._sent]
+        parts = [(one.captured.statistics, one.captured.flags) for one in self._sent]
         parts += [(self._pending, self._flags)] if self._pending is not None else []
         return _merged(parts) if parts else None
 
@@ -187,7 +187,7 @@ class Intake:
             RankError: a rank did not take part.
         """
         self._send_off()
-        parts = [sent.wait(functional=self.looking) for _, sent in self._sent]
+        parts = [sent.wait(functional=self.looking) for sent in self._sent]
         self._taken += bool(parts)
         self._drop()
         if not parts:
@@ -199,7 +199,7 @@ class Intake:
         """Begin to bring what was gathered together with what the other ranks did."""
         if self._pending is not None:
             captured = Captured(self._pending, self._flags, self.functional & self.capture.layers.keys())
-            self._sent.append((captured, self._ranks().reduced(captured)))
+            self._sent.append(self._ranks().reduced(captured))
             self._pending, self._flags = None, Flags()
 
     @property
@@ -350,7 +350,7 @@ class Intake:
             return False
         self.functional |= functional
         if again:
-            for _, sent in self._sent:
+            for sent in self._sent:
                 # Buffers are let go once nothing is under way in them.
                 sent.wait(functional=False)
             self._drop()

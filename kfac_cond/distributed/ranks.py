@@ -32,11 +32,11 @@ class Alone:
     """The capture of one process, where the others' would be waited for."""
 
     def __init__(self, captured: Captured) -> None:
-        self._captured = captured
+        self.captured = captured
 
     def wait(self, *, functional: bool) -> Captured:
         """The capture itself."""
-        return self._captured
+        return self.captured
 
 
 class Ranks:
