@@ -59,7 +59,7 @@ class KFAC:
             scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
             max_factor_dim=, fraction=)}.
-        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``.
+        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``; or several, in their order.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
     Raises:
@@ -89,7 +89,7 @@ class KFAC:
         schedule: Schedule | None = None,
         structure: str = "kfac",
         rules: Mapping[str, Mapping[str, Any]] | None = None,
-        trust_region: TrustRegion | None = None,
+        trust_region: TrustRegion | Sequence[TrustRegion] | None = None,
         data: Data | None = None,
     ) -> None:
         refuse_wrapped(model, KFAC)
