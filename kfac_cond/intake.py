@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,20 @@ from .statistics import Statistics
 logger = logging.getLogger("kfac_cond")
 
 
+class When(NamedTuple):
+    """What an intake asks of the steps.
+
+    Args:
+        due: whether outputs heard of at this moment are captured.
+        forward_due: the same, asked at a forward.
+        step: the count of steps, for the draws.
+    """
+
+    due: Callable[[], bool]
+    forward_due: Callable[[], bool]
+    step: Callable[[], int]
+
+
 class Intake:
     """Listens to a model and its loss, draws labels and gathers statistics until a step takes them.
 
@@ -51,9 +65,7 @@ class Intake:
         likelihood: what p(y | outputs) is, or the criterion that the loop calls.
         data: where to find what a forward does not say, and the seed.
         owner: whose hooks these are.
-        due: whether outputs heard of at this moment are captured.
-        forward_due: the same, asked at a forward.
-        step: the count of steps, for the draws.
+        when: says what is captured.
         ranks: those that take part in the run.
         bases: those in use, of layers that are kept in one.
     """
@@ -65,13 +77,11 @@ class Intake:
         data: Data,
         *,
         owner: Owner,
-        due: Callable[[], bool],
-        forward_due: Callable[[], bool],
-        step: Callable[[], int],
+        when: When,
         ranks: Callable[[], Ranks],
         bases: Callable[[], Mapping[str, Bases]],
     ) -> None:
-        self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
+        self.listener = Listener(likelihood, data, due=when.due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
         #: What is summed apart of each capture.
         self.slots = slots_of(self.listener.likelihood)
@@ -80,9 +90,7 @@ class Intake:
         self._model = model
         self._data = data
         self._owner = owner
-        self._due = due
-        self._forward_due = forward_due
-        self._step = step
+        self._when = when
         self._ranks = ranks
         self._bases = bases
         self._capture: Capture | None = None
@@ -126,7 +134,7 @@ class Intake:
         self._capture = Capture(
             self._model,
             layers,
-            due=self._forward_due,
+            due=self._when.forward_due,
             owner=self._owner,
             positions=self._data.pick_positions,
             heard=self.listener.root,
@@ -265,7 +273,7 @@ class Intake:
         if not isinstance(self.listener.likelihood, Product):
             check_update(outputs, targets, draws)
         self.require_on_model()
-        if self._due():
+        if self._when.due():
             self._gather(outputs, targets, draws)
         self.explicit = True
         self.listener.stop()
@@ -293,7 +301,7 @@ class Intake:
     def _for_positions(self, device: torch.device) -> torch.Generator | None:
         """The stream of this step that positions are chosen by."""
         self.draws.rank = self._ranks().rank
-        return self.draws.generators(step=self._step(), count=1, device=device, head=POSITIONS)[0]
+        return self.draws.generators(step=self._when.step(), count=1, device=device, head=POSITIONS)[0]
 
     def _replace_heard(self, heads: Sequence[Head], drawn: Sequence[Mapping[str, Tensor]] | None) -> bool:
         """Gather from a forward that was heard on its own before; all that was heard so far is let go."""
@@ -333,7 +341,7 @@ class Intake:
         self.draws.rank = self._ranks().rank
         before = self.draws.state()
         generators = {
-            head.name: self.draws.generators(step=self._step(), count=1, device=head.outputs.device, head=index)
+            head.name: self.draws.generators(step=self._when.step(), count=1, device=head.outputs.device, head=index)
             for index, head in enumerate(heads)
         }
         invalid = invalid_targets(heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from .checks import described
 from .costs import Costing
@@ -10,6 +10,7 @@ from .damping import DampingNow, Rule
 from .distributed import EVERY, Plan, PlanTable, Ranks
 from .errors import ArgumentError, RankError
 from .factors import Factors
+from .layers.layer import Layer
 from .schedules import Schedule
 from .state import Loaded
 from .statistics import Slots
@@ -34,6 +35,11 @@ class Shared:
         self._wrapped, self._slots, self._rule = wrapped, slots, rule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
         self._ranks: Ranks | None = None
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers there are now."""
+        return self._wrapped.layers
 
     @property
     def costing(self) -> Costing:
