@@ -52,6 +52,12 @@ def inverse_bytes(layer: Layer, costing: Costing) -> int:
     return numbers * statistic_dtype(layer.like.dtype).itemsize
 
 
+def basis_bytes(layer: Layer) -> int:
+    """Bytes of the eigenbases of a layer in 'ekfac', which every rank has, and of no other."""
+    kept = [shape for shape in _sides(layer) if layer.turns and _is_whole(layer, shape)]
+    return sum(map(prod, kept)) * statistic_dtype(layer.like.dtype).itemsize
+
+
 def refresh_flops(layer: Layer, costing: Costing) -> int:
     """Floating-point operations of inverting both sides, or the diagonal."""
     if isinstance(layer.gradient_sums, GradientSquares):
@@ -69,7 +75,7 @@ def update_flops(layer: Layer, costing: Costing) -> int:
         return numbers
     # A product with each side; with the exact rule into both bases and out of them again.
     each = sum(2 * numbers * shape[-1] if _is_whole(layer, shape) else numbers for shape in _sides(layer))
-    return 2 * each + numbers if costing.rule == "exact" else each
+    return 2 * each + numbers if _rule(layer, costing) == "exact" else each
 
 
 def capture_flops(layer: Layer, rows: int, examples: int) -> int:
@@ -98,7 +104,7 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
 
 def _rule(layer: Layer, costing: Costing) -> Rule:
     """How the layer is decomposed: an eigenbasis whatever the rule, where it is kept in one."""
-    return "exact" if isinstance(layer.gradient_sums, EigenSquares) else costing.rule
+    return "exact" if layer.turns else costing.rule
 
 
 def _sides(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:

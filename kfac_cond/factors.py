@@ -28,6 +28,7 @@ from .structures import (
     averaged,
     damped_inverse,
     damped_inverses_of,
+    diagonals_in,
     near,
     refreshed,
     scaling_sides,
@@ -46,6 +47,7 @@ class Factors:
         inverses: those in use.
         elsewhere: the layers whose averages other ranks keep.
         inverted: the layers that have an inverse on some rank; None for those of ``inverses``.
+        bases: those that layers in 'ekfac' are in, on every rank; None for those of ``inverses``.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Factors:
         *,
         elsewhere: Set[str] = frozenset(),
         inverted: Set[str] | None = None,
+        bases: Mapping[str, Bases] | None = None,
     ) -> None:
         self.layers, self.average, self.health = layers, average, health
         self.inverses: dict[str, Block] = dict(inverses or {})
@@ -64,13 +67,15 @@ class Factors:
         self._elsewhere = elsewhere
         # What the last refresh left out it is not to be repeated for.
         self._unused = set(self.ready) - self.inverted if self.inverted else set()
-        #: The bases that layers in 'ekfac' are in, those of their inverses.
+        #: The bases that layers in 'ekfac' are in: weight gradients are squared in them before ranks are added up.
         self.bases: dict[str, Bases] = {
             name: (inverse.basis_A, inverse.basis_G)
             for name, inverse in self.inverses.items()
-            if isinstance(inverse, EigenBlock) and isinstance(layers[name].gradient_sums, EigenSquares)
+            if isinstance(inverse, EigenBlock) and layers[name].turns
         }
-        self._moved = False
+        self.bases |= bases or {}
+        #: The layers in 'ekfac' whose averages or bases are newer than their inverses.
+        self._stale: set[str] = set()
         self._refreshed: list[str] = []
         #: The factors that inverses were made of, (A, G) with one head, where it is looked at how far they have moved.
         self.references: dict[str, tuple[Tensor, Tensor]] = {}
@@ -104,7 +109,7 @@ class Factors:
         self.average.update(statistics, decay=decay)
         # Every rank takes part in the capture of every layer.
         self._elsewhere = self.layers.keys() - self.average.G_weight.keys()
-        self._moved = True
+        self._stale |= self.bases.keys()
 
     def blocks(self, names: Iterable[str] | None = None) -> dict[str, Trained]:
         """The averages here as blocks; those of these layers alone, where names are given."""
@@ -119,7 +124,7 @@ class Factors:
             damping: of the step.
             ranks: those that take part.
             only: these layers, and whichever has no inverse or could not be inverted at a step of its own; all, for
-                None. With several ranks each then inverts by itself.
+                None. Of a layer it is what its owner says that counts.
 
         Raises:
             LikelihoodError, NumericalError: what was captured, or cannot be inverted, is not to go on with.
@@ -127,62 +132,62 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        if self._alone(ranks, only):
-            self._refresh_here(damping, only)
-            return
-        rungs, inverses = ranks.inverted(partial(self._owned_inverses, damping), self.inverses, rule=damping.rule)
-        self.health.climbed(rungs)
-        self.inverses, self.inverted = inverses, rungs.keys()
+        make = partial(self._owned_inverses, damping, only)
+        rungs, fresh, self.health.unsettled = ranks.inverted(
+            make, self.inverses, self.health.unsettled, rule=damping.rule
+        )
+        self._take_bases([name for name, rung in rungs.items() if rung != Rung.PREVIOUS], ranks)
+        kept: Set[str] = set() if only is None else self.inverted - rungs.keys()
+        self.inverses = {name: one for name, one in self.inverses.items() if name in kept} | fresh
+        self.inverted = kept | rungs.keys()
         self._unused = set(self.ready) - self.inverted
+        self._refreshed = list(rungs)
+        # Before what failed may stop the run: the averages are in the bases of these.
+        self.rescale(damping, ranks)
+        self.health.climbed(rungs)
 
-    def _alone(self, ranks: Ranks, only: Container[str] | None) -> bool:
-        """Whether every rank inverts by itself: for some layers at a time, and where averages turn with their bases."""
-        turning = any(isinstance(layer.gradient_sums, EigenSquares) for layer in self.layers.values())
-        return ranks.size == 1 or only is not None or turning
-
-    def _owned_inverses(self, damping: DampingNow, owned: Container[str]) -> tuple[dict[str, Block], dict[str, Rung]]:
-        """The inverses of the layers owned that have averages worth it, and how far each factorisation climbed."""
+    def _owned_inverses(
+        self, damping: DampingNow, only: Container[str] | None, owned: Container[str]
+    ) -> tuple[dict[str, Block], dict[str, Rung]]:
+        """The inverses of the layers owned that are due and worth it, and how far each factorisation climbed."""
         unused = self.average.unused()
-        blocks = self.blocks(name for name in self.average.ready if name in owned and name not in unused)
-        dampings = self._dampings(blocks, damping)
-        return damped_inverses_of(blocks, dampings, rule=damping.rule, previous=self.inverses)
-
-    def _refresh_here(self, damping: DampingNow, only: Container[str] | None) -> None:
-        """Invert on this rank what is kept on it."""
-        self._unused = self.average.unused()
-        usable = [name for name in self.ready if name not in self._unused]
-        again = self.health.unsettled | (set(usable) - self.inverses.keys())
+        again = self.health.unsettled | (set(self.ready) - self.inverted)
+        usable = [name for name in self.average.ready if name in owned and name not in unused]
         due = [name for name in usable if only is None or name in only or name in again]
         turned = self._turn(due)
         blocks = self.blocks(due)
         inverses, rungs = damped_inverses_of(
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
-        self._refreshed = due
-        # Before what failed may stop the run: the averages are in the bases of these.
-        self.inverses = {name: inverses[name] if name in inverses else self.inverses[name] for name in usable}
-        self.inverted = set(self.inverses)
-        self.health.climbed({name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()})
+        return inverses, {name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()}
 
-    def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
+    def refresh_unread(self, names: Iterable[str], damping: DampingNow, ranks: Ranks) -> None:
         """Invert those of these averages that were inverted before, on the step path: what fails stays as it was.
 
-        The next ``refresh`` reads which did.
+        Every rank that keeps averages does so. The next ``refresh`` reads which failed.
         """
-        due = [name for name in names if name in self.inverses]
+        due = [name for name in names if name in self.inverted]
         if not due:
             return
-        self.health.noted("unsettled", self._step(due))
-        blocks = self.blocks(due)
+        here = [name for name in due if name in self.average.G]
+        self.health.noted("unsettled", self._step(here))
+        blocks = self.blocks(here)
         inverses, failed = unread_inverses_of(
             blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
         )
         self.health.noted("unsettled", failed)
         self.inverses |= inverses
+        plain = [name for name in due if not self.layers[name].turns]
+        self.inverses |= ranks.handed_on(plain, self.inverses, self.bases, rule=damping.rule)
+        if not ranks.layout.replicated:
+            self._take_bases(due, ranks)
+        self._stale |= self.bases.keys() & set(due)
 
     def remember(self) -> None:
         """Keep what the inverses that are new since the last call were made of."""
         for name in self._refreshed:
+            if name not in self.average.G:
+                continue
             A, G = self.average.factors(name)
             self.references[name] = A, G.unsqueeze(0)
         self._refreshed = []
@@ -200,15 +205,16 @@ class Factors:
         moved = read_status(list(flags.values()))
         return {name for name, flag in zip(flags, moved, strict=True) if flag}
 
-    def rescale(self, damping: DampingNow) -> None:
-        """After a capture the inverses in 'ekfac' anew, in the bases that they are in; nothing is read."""
-        if self._moved:
-            blocks = self.blocks([name for name in self.bases if name in self.inverses])
-            for name, added in self._dampings(blocks, damping).items():
-                block = blocks[name]
-                assert isinstance(block, EigenBlock)
-                self.inverses[name], _ = damped_inverse(block, added)
-        self._moved = False
+    def rescale(self, damping: DampingNow, ranks: Ranks) -> None:
+        """The inverses in 'ekfac' anew in the bases that they are in, after a capture or a refresh; nothing is read."""
+        due = [name for name in self.layers if name in self._stale and name in self.inverted]
+        blocks = self.blocks(name for name in due if name in self.average.G)
+        for name, added in self._dampings(blocks, damping).items():
+            block = blocks[name]
+            assert isinstance(block, EigenBlock)
+            self.inverses[name], _ = damped_inverse(block, added)
+        self.inverses |= ranks.handed_on(due, self.inverses, self.bases, rule=damping.rule)
+        self._stale = set()
 
     def _dampings(self, blocks: Mapping[str, Trained], damping: DampingNow) -> dict[str, Tensor]:
         return {
@@ -218,11 +224,10 @@ class Factors:
 
     def _turn(self, names: Iterable[str]) -> dict[str, Rung]:
         """Bring those of these layers that are in 'ekfac' to the bases of their factors as they are now."""
-        anew, followed, rungs = refreshed(self._factors_of_bases(names), self.bases)
-        for name, ((values_A, basis_A), (values_G, basis_G)) in anew.items():
-            self._turn_to(name, (basis_A, basis_G), (values_A, values_G))
-        for name, bases in followed.items():
-            self._turn_to(name, bases)
+        bases, rungs = refreshed(self._factors_of_bases(names), self.bases)
+        for name, rung in rungs.items():
+            if rung != Rung.PREVIOUS:
+                self._turn_to(name, bases[name])
         return rungs
 
     def _step(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -233,22 +238,35 @@ class Factors:
             self._turn_to(name, stepped(block, self.bases[name]))
         return far
 
+    def _take_bases(self, names: Iterable[str], ranks: Ranks) -> None:
+        """Go on in the bases that the owners of these layers have turned to, where they are in 'ekfac'."""
+        turned = [name for name in names if self.layers[name].turns]
+        self._stale.update(turned)
+        for name, bases in ranks.bases(turned, self.bases).items():
+            self._turn_to(name, bases)
+
     def _factors_of_bases(self, names: Iterable[str]) -> dict[str, KroneckerBlock]:
         """The factors that bases are made of, of those layers that are in one."""
-        layers = {name: layer for name in names if isinstance((layer := self.layers[name]).gradient_sums, EigenSquares)}
+        layers = {name: self.layers[name] for name in names if self.layers[name].turns}
         return {
             name: KroneckerBlock(layer.layout, *layer.factors(*self.average.factors(name)), name=name)
             for name, layer in layers.items()
         }
 
-    def _turn_to(self, name: str, bases: Bases, values: tuple[Tensor, Tensor] | None = None) -> None:
-        """Go on in other bases, with what was averaged in those before; the first ones come with their eigenvalues."""
-        layer, G = self.layers[name], self.average.G[name]
-        assert isinstance(layer.gradient_sums, EigenSquares)
-        if name in self.bases:
-            self.average.G[name] = layer.gradient_sums.turned(G, self.bases[name], bases, layer.layout)
-        elif values is not None:
-            self.average.G[name] = layer.gradient_sums.started(G, values, layer.layout)
+    def _turn_to(self, name: str, bases: Bases) -> None:
+        """Go on in other bases, with what was averaged in those before, where it is kept here."""
+        layer, G = self.layers[name], self.average.G.get(name)
+        # Products depend on the order in memory to the last bit, and what was sent or loaded is in this one.
+        of_A, of_G = (None if basis is None else basis.contiguous() for basis in bases)
+        bases = of_A, of_G
+        if G is not None:
+            assert isinstance(layer.gradient_sums, EigenSquares)
+            if name in self.bases:
+                turned = layer.gradient_sums.turned(G, self.bases[name], bases, layer.layout)
+            else:
+                values = diagonals_in(self._factors_of_bases([name])[name], bases)
+                turned = layer.gradient_sums.started(G, values, layer.layout)
+            self.average.G[name] = turned
         self.bases[name] = bases
 
     def inverse_of(self, name: str, like: Tensor) -> Block | None:
@@ -268,6 +286,7 @@ class Factors:
             {name: inverse for name, inverse in self.inverses.items() if name not in changed},
         )
         fresh._unused = self._unused - changed
+        fresh._stale = self._stale & fresh.bases.keys()
         fresh.references = {name: pair for name, pair in self.references.items() if name in fresh.inverses}
         return fresh
 
@@ -291,30 +310,45 @@ class Factors:
         if ranks.layout.replicated:
             return self
         mine = {
-            name: {"average": self.average.layer_state(name), "inverse": inverse_state(self.inverses.get(name))}
+            name: {
+                "average": self.average.layer_state(name),
+                "inverse": inverse_state(self.inverses.get(name)),
+                "reference": dict(zip("AG", self.references.get(name, ()), strict=False)),
+                "noted": self.health.unread(name),
+            }
             for name in ranks.owned()
         }
         average = MovingAverage(self.layers, self.average.weights, draws_needed(self.layers))
         inverses: dict[str, Block] = {}
+        references: dict[str, tuple[Tensor, Tensor]] = {}
         for name, entry in ranks.union(mine, "the averages and inverses of all layers").items():
             average.load_layer(name, entry["average"])
             if entry["inverse"] is not None:
                 inverses[name] = loaded_inverse(name, self.layers[name], entry["inverse"])
-        return Factors(self.layers, average, self.health, inverses)
+            if entry["reference"]:
+                references[name] = entry["reference"]["A"], entry["reference"]["G"]
+            self.health.told(name, entry["noted"])
+        found = Factors(self.layers, average, self.health, inverses, bases=self.bases)
+        found.references, found._stale = references, set(self._stale)
+        return found
 
     def placed(self, ranks: Ranks) -> Factors:
         """What this rank has of it; all must be here before."""
         if ranks.layout.replicated:
             return self
         kept = set(ranks.kept())
-        return Factors(
+        found = Factors(
             self.layers,
             self.average.restricted(ranks.kept(), without=(), needed=draws_needed(self.layers)),
             self.health,
             {name: inverse for name, inverse in self.inverses.items() if name in ranks.worked()},
             elsewhere=set(self.ready) - kept,
             inverted=self.inverses.keys(),
+            bases=self.bases,
         )
+        found.references = {name: pair for name, pair in self.references.items() if name in kept}
+        found._stale = set(self._stale)
+        return found
 
     def metrics(self) -> dict[str, int]:
         """What failed or waits, as numbers for a logger."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Health:
         self.started = False
         #: Layers that at the last read were found to want another refresh: at a step of their own it failed, or was not
         #: enough.
-        self.unsettled: set[str] = set()
+        self.unsettled: Set[str] = set()
         self._warned = False
         self._named: set[tuple[str, Rung]] = set()
         self._unread = Flags()
@@ -96,6 +96,15 @@ class Health:
         """Take in what was found of layers on the step path, 0-d bool by layer; nothing is read."""
         for name, flag in flags.items():
             self._unread.count(f"{what} {name}", flag)
+
+    def unread(self, name: str) -> Tensor | None:
+        """What was noted of a layer and not read yet: how often it was left unsettled."""
+        return self._unread.counts.get(f"unsettled {name}")
+
+    def told(self, name: str, noted: Tensor | None) -> None:
+        """Take over what a layer's owner has noted of it."""
+        if noted is not None:
+            self._unread.counts[f"unsettled {name}"] = noted
 
     def restricted(self, names: Iterable[str], *, without: Iterable[str]) -> Health:
         """The same counts for these layers; the failures of those in ``without`` and of new ones start at zero."""

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,20 @@ from .statistics import Statistics
 logger = logging.getLogger("kfac_cond")
 
 
+class When(NamedTuple):
+    """What an intake asks of the steps.
+
+    Args:
+        due: whether outputs heard of at this moment are captured.
+        forward_due: the same, asked at a forward.
+        step: the count of steps, for the draws.
+    """
+
+    due: Callable[[], bool]
+    forward_due: Callable[[], bool]
+    step: Callable[[], int]
+
+
 class Intake:
     """Listens to a model and its loss, draws labels and gathers statistics until a step takes them.
 
@@ -51,9 +65,7 @@ class Intake:
         likelihood: what p(y | outputs) is, or the criterion that the loop calls.
         data: where to find what a forward does not say, and the seed.
         owner: whose hooks these are.
-        due: whether outputs heard of at this moment are captured.
-        forward_due: the same, asked at a forward.
-        step: the count of steps, for the draws.
+        when: says what is captured.
         ranks: those that take part in the run.
         bases: those in use, of layers that are kept in one.
     """
@@ -65,13 +77,11 @@ class Intake:
         data: Data,
         *,
         owner: Owner,
-        due: Callable[[], bool],
-        forward_due: Callable[[], bool],
-        step: Callable[[], int],
+        when: When,
         ranks: Callable[[], Ranks],
         bases: Callable[[], Mapping[str, Bases]],
     ) -> None:
-        self.listener = Listener(likelihood, data, due=due, heard=self._hear, ours=self._ours)
+        self.listener = Listener(likelihood, data, due=when.due, heard=self._hear, ours=self._ours)
         self.draws = Draws(data.seed)
         #: What is summed apart of each capture.
         self.slots = slots_of(self.listener.likelihood)
@@ -80,9 +90,7 @@ class Intake:
         self._model = model
         self._data = data
         self._owner = owner
-        self._due = due
-        self._forward_due = forward_due
-        self._step = step
+        self._when = when
         self._ranks = ranks
         self._bases = bases
         self._capture: Capture | None = None
@@ -96,7 +104,7 @@ class Intake:
         self._pending: Statistics | None = None
         self._flags = Flags()
         #: What is on its way to the ranks that keep it.
-        self._sent: list[tuple[Captured, Reduction | Alone]] = []
+        self._sent: list[Reduction | Alone] = []
 
     @property
     def capture(self) -> Capture:
@@ -126,7 +134,7 @@ class Intake:
         self._capture = Capture(
             self._model,
             layers,
-            due=self._forward_due,
+            due=self._when.forward_due,
             owner=self._owner,
             positions=self._data.pick_positions,
             heard=self.listener.root,
@@ -161,7 +169,7 @@ class Intake:
     @property
     def gathered(self) -> tuple[Statistics, Flags] | None:
         """What this rank gathered since the last step that took something in, with its flags; or None."""
-        parts = [(one.statistics, one.flags) for one, _ in self._sent]
+        parts = [(one.captured.statistics, one.captured.flags) for one in self._sent]
         parts += [(self._pending, self._flags)] if self._pending is not None else []
         return _merged(parts) if parts else None
 
@@ -187,7 +195,7 @@ class Intake:
             RankError: a rank did not take part.
         """
         self._send_off()
-        parts = [sent.wait(functional=self.looking) for _, sent in self._sent]
+        parts = [sent.wait(functional=self.looking) for sent in self._sent]
         self._taken += bool(parts)
         self._drop()
         if not parts:
@@ -199,7 +207,7 @@ class Intake:
         """Begin to bring what was gathered together with what the other ranks did."""
         if self._pending is not None:
             captured = Captured(self._pending, self._flags, self.functional & self.capture.layers.keys())
-            self._sent.append((captured, self._ranks().reduced(captured)))
+            self._sent.append(self._ranks().reduced(captured))
             self._pending, self._flags = None, Flags()
 
     @property
@@ -265,7 +273,7 @@ class Intake:
         if not isinstance(self.listener.likelihood, Product):
             check_update(outputs, targets, draws)
         self.require_on_model()
-        if self._due():
+        if self._when.due():
             self._gather(outputs, targets, draws)
         self.explicit = True
         self.listener.stop()
@@ -293,7 +301,7 @@ class Intake:
     def _for_positions(self, device: torch.device) -> torch.Generator | None:
         """The stream of this step that positions are chosen by."""
         self.draws.rank = self._ranks().rank
-        return self.draws.generators(step=self._step(), count=1, device=device, head=POSITIONS)[0]
+        return self.draws.generators(step=self._when.step(), count=1, device=device, head=POSITIONS)[0]
 
     def _replace_heard(self, heads: Sequence[Head], drawn: Sequence[Mapping[str, Tensor]] | None) -> bool:
         """Gather from a forward that was heard on its own before; all that was heard so far is let go."""
@@ -333,7 +341,7 @@ class Intake:
         self.draws.rank = self._ranks().rank
         before = self.draws.state()
         generators = {
-            head.name: self.draws.generators(step=self._step(), count=1, device=head.outputs.device, head=index)
+            head.name: self.draws.generators(step=self._when.step(), count=1, device=head.outputs.device, head=index)
             for index, head in enumerate(heads)
         }
         invalid = invalid_targets(heads)
@@ -350,7 +358,7 @@ class Intake:
             return False
         self.functional |= functional
         if again:
-            for _, sent in self._sent:
+            for sent in self._sent:
                 # Buffers are let go once nothing is under way in them.
                 sent.wait(functional=False)
             self._drop()

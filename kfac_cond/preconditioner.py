@@ -21,7 +21,7 @@ from .errors import ArgumentError, AttachError, NotReadyError
 from .gradients import gradients_of, mean_scale, trust_region_scale, updates_of, write
 from .guards import without_autocast
 from .heads import Distribution
-from .intake import Intake
+from .intake import Intake, When
 from .layers.layer import Layer
 from .layers.shards import hold_shards
 from .layers.summed import TRAINED
@@ -59,7 +59,7 @@ class KFAC:
             scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
             max_factor_dim=, fraction=)}.
-        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``.
+        trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``; or several, in their order.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
     Raises:
@@ -89,7 +89,7 @@ class KFAC:
         schedule: Schedule | None = None,
         structure: str = "kfac",
         rules: Mapping[str, Mapping[str, Any]] | None = None,
-        trust_region: TrustRegion | None = None,
+        trust_region: TrustRegion | Sequence[TrustRegion] | None = None,
         data: Data | None = None,
     ) -> None:
         refuse_wrapped(model, KFAC)
@@ -111,15 +111,13 @@ class KFAC:
             likelihood,
             settings_of(data, Data, "data"),
             owner=self,
-            due=self._due,
-            forward_due=self._forward_due,
-            step=lambda: self._clock.at_most,
+            when=When(self._due, self._forward_due, lambda: self._clock.at_most),
             ranks=lambda: self._shared.ranks(),
             bases=lambda: self._shared.factors.bases,
         )
         self._intake.watch(self.layers)
         self._shared = Shared(self._wrapped, self._intake.slots, lambda: self.damping.rule, self.schedule)
-        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
+        self._refreshes = Refreshes(self.schedule)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -290,7 +288,6 @@ class KFAC:
     def _watch(self, changed: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what still fits."""
         self._shared.changed(changed)
-        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
         self._intake.watch(self.layers)
 
     def remove(self) -> None:
@@ -336,7 +333,6 @@ class KFAC:
         self._wrapped.look_again(functional)
         self._intake.watch(self.layers)
         self._shared.load(loaded)
-        self._refreshes = Refreshes(self.schedule, self.layers, self._shared.costing)
         self._clock = Clock(self.schedule, loaded.step)
         self._intake.restart(loaded.draws, loaded.gathered)
         self._attachments.new_round()

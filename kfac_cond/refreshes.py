@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from .checks import is_whole
-from .costs import Costing, refresh_flops
+from .costs import refresh_flops
 from .damping import DampingNow
 from .layers.layer import Layer
 from .schedules import Adaptive, Clock, Schedule
@@ -14,24 +14,19 @@ from .sharing import Shared
 
 
 class Refreshes:
-    """The refreshes of some layers.
+    """The refreshes of the layers that there are.
 
     Args:
         schedule: says when.
-        layers: by name.
-        costing: what their costs depend on.
     """
 
-    def __init__(self, schedule: Schedule, layers: Mapping[str, Layer], costing: Costing) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._change = schedule.inverses.change if isinstance(schedule.inverses, Adaptive) else None
         self._of_all = not schedule.stagger and self._change is None
         self._period = schedule.inverses if is_whole(schedule.inverses) else 1
-        self._at: dict[int, list[str]] = defaultdict(list)
-        for name, step in schedule.offsets(
-            {name: refresh_flops(layer, costing) for name, layer in layers.items()}
-        ).items():
-            self._at[step].append(name)
+        self._at: dict[int, list[str]] = {}
+        self._layers: Mapping[str, Layer] | None = None
 
     def now(self, shared: Shared, clock: Clock, damping: DampingNow) -> None:
         """Do what this step has to do.
@@ -43,13 +38,22 @@ class Refreshes:
             LikelihoodError, NumericalError: as ``Factors.refresh`` does.
         """
         schedule, step, first = self._schedule, clock.at_most, not shared.factors.inverted
-        everything = self._of_all or schedule.warming(step)
+        own, everything = self._own(shared, step), self._of_all or schedule.warming(step)
         due = clock.inverses_due()
         if due or shared.factors.waiting:
             only = () if self._change is None else shared.factors.changed(self._change)
             shared.refresh(damping, only=None if everything else only)
             if self._change is not None:
                 shared.factors.remember()
-        shared.factors.rescale(damping)
         if not (first or (due and everything)):
-            shared.factors.refresh_unread(self._at.get(step % self._period, ()), damping)
+            shared.refresh_unread(own, damping)
+        shared.rescale(damping)
+
+    def _own(self, shared: Shared, step: int) -> list[str]:
+        """The layers that have this step for their own, found anew where the layers are others than before."""
+        if self._layers is not shared.layers:
+            self._layers, self._at = shared.layers, defaultdict(list)
+            costs = {name: refresh_flops(layer, shared.costing) for name, layer in shared.layers.items()}
+            for name, own in self._schedule.offsets(costs).items():
+                self._at[own].append(name)
+        return self._at.get(step % self._period, [])

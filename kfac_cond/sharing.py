@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from .checks import described
 from .costs import Costing
@@ -10,9 +10,9 @@ from .damping import DampingNow, Rule
 from .distributed import EVERY, Plan, PlanTable, Ranks
 from .errors import ArgumentError, RankError
 from .factors import Factors
+from .layers.layer import Layer
 from .layers.shards import cuts_of
-from .layers.summed import EigenSquares
-from .schedules import Adaptive, Schedule
+from .schedules import Schedule
 from .state import Loaded
 from .statistics import Slots
 from .wrapping import Wrapped
@@ -33,11 +33,16 @@ class Shared:
     def __init__(self, wrapped: Wrapped, slots: Slots, rule: Callable[[], Rule], schedule: Schedule) -> None:
         self.plan = Plan()
         self.factors = Factors.empty(wrapped.layers, slots.weights, patience=schedule.patience)
-        self._wrapped, self._slots, self._rule, self._schedule = wrapped, slots, rule, schedule
+        self._wrapped, self._slots, self._rule = wrapped, slots, rule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
         self._ranks: Ranks | None = None
         #: Over which ranks weights are cut, as the model was last looked at.
         self._cuts = cuts_of(wrapped.model)
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers there are now."""
+        return self._wrapped.layers
 
     @property
     def costing(self) -> Costing:
@@ -64,27 +69,8 @@ class Shared:
             )
         self._ranks = self.plan.ranks(self._cuts)
         self._assign()
-        self._refuse_turning(self._ranks)
         self.factors = self.factors.placed(self._ranks)
         return self._ranks
-
-    def _refuse_turning(self, ranks: Ranks) -> None:
-        """Refuse to keep from other ranks what each of them needs at steps of its own.
-
-        Raises:
-            ArgumentError: naming what does not go together.
-        """
-        if ranks.layout.replicated:
-            return
-        turning = [name for name, one in self._wrapped.layers.items() if isinstance(one.gradient_sums, EigenSquares)]
-        words = [f"structure='ekfac' of {', '.join(turning[:3])}"] if turning else []
-        words += ["Schedule(stagger=True)"] if self._schedule.stagger else []
-        words += ["Schedule(inverses=kc.Adaptive(...))"] if isinstance(self._schedule.inverses, Adaptive) else []
-        if words:
-            raise ArgumentError(
-                f"{' and '.join(words)} with strategy={self.plan.strategy!r}: every rank needs all averages for it. "
-                f"Use kfac.distribute(kc.Plan(strategy='replicate'))"
-            )
 
     def whole(self) -> Factors:
         """The factors of all layers, on every rank; all of them call it where layers are shared out."""
@@ -94,6 +80,16 @@ class Shared:
         """Invert averages anew; see ``Factors.refresh``."""
         ranks = self.ranks()
         self.factors.refresh(damping, ranks, only=only)
+
+    def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
+        """Invert some averages on the step path; see ``Factors.refresh_unread``."""
+        ranks = self.ranks()
+        self.factors.refresh_unread(names, damping, ranks)
+
+    def rescale(self, damping: DampingNow) -> None:
+        """Follow what was captured and refreshed; see ``Factors.rescale``."""
+        ranks = self.ranks()
+        self.factors.rescale(damping, ranks)
 
     def distribute(self, plan: Plan) -> None:
         """Share out anew by another plan; all ranks call it.

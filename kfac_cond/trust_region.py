@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .checks import described, is_number
-from .errors import ArgumentError
+from .errors import ArgumentError, StateError
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,72 @@ class KLClip:
         return nu.clamp(max=1.0)
 
 
+class InOrder:
+    """Several trust regions, one after another.
+
+    Each sees the updates that those before it leave, and gradients by the same factor, so that u = (F + damping)^-1 g
+    holds for what it sees.
+
+    Args:
+        regions: at least one.
+    """
+
+    def __init__(self, regions: Sequence[TrustRegion]) -> None:
+        self.regions = tuple(regions)
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether one of them looks at learning rates."""
+        return any(getattr(one, "needs_rate", True) for one in self.regions)
+
+    def scale(self, updates: Sequence[LayerUpdate]) -> list[Tensor]:
+        """The product of their factors, for each update."""
+        seen, factors = list(updates), [torch.ones((), device=one.update.device) for one in updates]
+        for region in self.regions:
+            found = region.scale(seen)
+            scales = [found] * len(seen) if isinstance(found, Tensor) else list(found)
+            seen = [
+                replace(one, gradient=one.gradient * c.to(one.gradient), update=one.update * c.to(one.update))
+                for one, c in zip(seen, scales, strict=True)
+            ]
+            factors = [before * c.to(before.device) for before, c in zip(factors, scales, strict=True)]
+        return factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each of them keeps between steps, in their order."""
+        return {"regions": [one.state_dict() if hasattr(one, "state_dict") else {} for one in self.regions]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            StateError: it is of others.
+        """
+        parts = saved.get("regions") if isinstance(saved, Mapping) else None
+        loads = [getattr(one, "load_state_dict", None) for one in self.regions]
+        if not isinstance(parts, list) or [bool(part) for part in parts] != [load is not None for load in loads]:
+            raise StateError(
+                f"the state has another sequence of trust regions than {self.regions!r}: give KFAC the trust_region "
+                f"that was saved"
+            )
+        for load, part in zip(loads, parts, strict=True):
+            if load is not None:
+                load(part)
+
+
 def as_trust_region(value: object) -> TrustRegion | None:
-    """A trust region, or None for none, from what a user passes for it.
+    """A trust region, or None for none, from what a user passes for it: one, or a sequence of them.
 
     Raises:
         ArgumentError: a number, which does not say what it bounds, a class, or anything else without ``scale``.
     """
+    if isinstance(value, tuple | list) and value and all(one is not None for one in value):
+        return InOrder([cast("TrustRegion", as_trust_region(one)) for one in value])
     if value is None or (not isinstance(value, type) and callable(getattr(value, "scale", None))):
         return cast("TrustRegion | None", value)
-    remedy = f"pass kc.KLClip({value!r})" if is_number(value) else "expected kc.KLClip(max_kl), or None"
+    remedy = (
+        f"pass kc.KLClip({value!r})"
+        if is_number(value)
+        else "expected kc.KLClip(max_kl), kc.Graft(magnitude), a sequence of such, or None"
+    )
     raise ArgumentError(f"trust_region is {described(value)}: {remedy}; any object with scale(updates) will do")

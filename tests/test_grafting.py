@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.gradients import trust_region_scale
-from kfac_cond.trust_region import LayerUpdate
+from kfac_cond.trust_region import LayerUpdate, as_trust_region
 
 from .reference import assert_same
 from .training import HostReads, batches, network, parameters_of, train, wrapped
@@ -151,3 +151,75 @@ def test_a_state_with_and_without_one_do_not_mix(saved):
     source, target = (with_one, without) if saved else (without, with_one)
     with pytest.raises(kc.StateError, match=r"trust region that keeps something .* give KFAC the trust_region"):
         target.load_state_dict(source.state_dict())
+
+
+# -- and then bounded --------------------------------------------------------------------------------------------------
+
+
+def updates(number: int = 2) -> tuple[list[LayerUpdate], list[Tensor]]:
+    """Updates (F + damping)^-1 g, and the matrices F + damping."""
+    found, matrices = [], []
+    for index in range(number):
+        root = torch.randn(6, 6)
+        matrices.append(root @ root.mT + torch.eye(6))
+        gradient = torch.randn(2, 3)
+        update = torch.linalg.solve(matrices[-1], gradient.flatten()).reshape(2, 3)
+        found.append(LayerUpdate(gradient, update, 0.1, str(index)))
+    return found, matrices
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e4])
+def test_a_grafted_step_is_bounded_by_its_own_divergence(max_kl):
+    """Whose grafting factors enter squared."""
+    seen, matrices = updates()
+    grafted = kc.Graft("sgd").scale(seen)
+    steps = [0.1 * c * one.update.flatten() for c, one in zip(grafted, seen, strict=True)]
+    divergence = sum(0.5 * step @ F @ step for F, step in zip(matrices, steps, strict=True))
+    nu = (max_kl / divergence).sqrt().clamp(max=1.0)
+    assert (nu < 1) == (max_kl < 1)
+    for found, c in zip(as_trust_region([kc.Graft("sgd"), kc.KLClip(max_kl)]).scale(seen), grafted, strict=True):
+        assert_same(found, nu * c)
+
+
+def test_one_of_a_sequence_is_as_it_is_alone():
+    seen, _ = updates()
+    for one in (kc.KLClip(1e-4), kc.Graft("sgd")):
+        alone = one.scale(seen)
+        expected = [alone] * 2 if isinstance(alone, Tensor) else alone
+        for found, factor in zip(as_trust_region((one,)).scale(seen), expected, strict=True):
+            assert_same(found, factor)
+
+
+def test_a_sequence_asks_for_rates_where_one_of_it_does():
+    assert as_trust_region((kc.Graft(), kc.KLClip())).needs_rate
+    assert not as_trust_region((kc.Graft(), kc.Graft())).needs_rate
+
+
+@pytest.mark.parametrize("wrong", [(), (None,), (kc.Graft("sgd"), 1e-3), (kc.KLClip,)])
+def test_a_sequence_is_of_trust_regions(wrong):
+    with pytest.raises(kc.ArgumentError, match="trust_region is"):
+        kc.KFAC(network(), "categorical", trust_region=wrong)
+
+
+def both() -> tuple[kc.Graft, kc.KLClip]:
+    return kc.Graft("adam"), kc.KLClip(1e-3)
+
+
+def test_a_sequence_is_saved_with_the_run():
+    model, data = network(), batches(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac, criterion = wrapped(model, optimizer, trust_region=both())
+    for batch in data[:3]:
+        train(model, criterion, optimizer, [batch])
+    again = copy.deepcopy(model)
+    state = kfac.state_dict()
+    other = torch.optim.SGD(again.parameters(), lr=0.1)
+    resumed, listened = wrapped(again, other, trust_region=both())
+    resumed.load_state_dict(state)
+    for batch in data[3:]:
+        train(model, criterion, optimizer, [batch])
+        train(again, listened, other, [batch])
+    assert torch.equal(parameters_of(model), parameters_of(again))
+    turned, _ = wrapped(network(), trust_region=both()[::-1])
+    with pytest.raises(kc.StateError, match="another sequence of trust regions"):
+        turned.load_state_dict(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from ..costs import Costing, refresh_flops, update_flops
 from ..layers.layer import Layer
 from ..statistics import statistic_dtype
-from .packing import inverse_pieces, sum_pieces
+from .packing import basis_pieces, inverse_pieces, sum_pieces
 
 Kind = Literal["all_reduce", "reduce", "broadcast"]
 
@@ -167,6 +167,11 @@ class Layout:
         return self.grid.column(self.owners[name]) == self.grid.column(rank)
 
     @property
+    def averages_at_work(self) -> bool:
+        """Whether whoever preconditions a layer keeps its averages too: all ranks, or its owner alone."""
+        return self.replicated or self.grid.workers == 1
+
+    @property
     def counts(self) -> int:
         """How many counts and flags there are of a capture: M of each head, five of all, three of each layer."""
         return self.costing.heads + 5 + 3 * len(self.layers)
@@ -194,6 +199,19 @@ class Layout:
         mine = [name for name in names if self.grid.column(self.owners[name]) == column]
         return self._stretches(mine, self.owners.__getitem__, numel) if self.grid.workers > 1 else {}
 
+    def bases(self, names: Iterable[str]) -> Stretches:
+        """The eigenbases of layers in 'ekfac' from their owners to all ranks, which square weight gradients in them."""
+
+        def numel(name: str) -> int:
+            return sum(piece.numel for piece in basis_pieces(self.layers[name]).values())
+
+        sent = [name for name in names if numel(name)] if self.grid.world > 1 else []
+        return self._stretches(sent, self.owners.__getitem__, numel)
+
+    def handed_on(self, names: Iterable[str], column: int) -> Stretches:
+        """What owners invert without a refresh of all, to those ranks of a column that have no averages of it."""
+        return {} if self.averages_at_work else self.inverses(names, column)
+
     def results(self, names: Iterable[str], rank: int) -> Stretches:
         """A step: preconditioned gradients along the row of a rank, from its rank in the column of each layer."""
         row = self.grid.ranks_of_row(rank)
@@ -208,10 +226,30 @@ class Layout:
         return _messages(self.sums(), "reduce", self.grid.world)
 
     def refresh_messages(self, column: int) -> list[Message]:
-        """Those of a refresh for the ranks of a column, where nothing fails."""
+        """Those of a refresh for the ranks of a column, where nothing fails, up to ``rescale_messages``."""
         agreed = [Message("all_reduce", (len(self.layers) + 1) * torch.int32.itemsize, self.grid.world)]
-        spread = _messages(self.inverses(self.layers, column), "broadcast", self.grid.workers)
-        return agreed + spread if self.grid.world > 1 else []
+        spread = _messages(self.inverses(self._turning(False), column), "broadcast", self.grid.workers)
+        bases = _messages(self.bases(self._turning(True)), "broadcast", self.grid.world)
+        return agreed + spread + bases if self.grid.world > 1 else []
+
+    def rescale_messages(self, column: int) -> list[Message]:
+        """Those of the eigenvalues in 'ekfac', once at a step with a capture or a refresh or both."""
+        return _messages(self.handed_on(self._turning(True), column), "broadcast", self.grid.workers)
+
+    def staggered_messages(self, column: int, names: Collection[str]) -> list[Message]:
+        """Those of a step at which these layers alone are refreshed, and nothing is captured."""
+        turning = [name for name in self._turning(True) if name in names]
+        others = [name for name in self._turning(False) if name in names]
+        bases = {} if self.replicated else self.bases(turning)
+        return [
+            *_messages(self.handed_on(others, column), "broadcast", self.grid.workers),
+            *_messages(bases, "broadcast", self.grid.world),
+            *_messages(self.handed_on(turning, column), "broadcast", self.grid.workers),
+        ]
+
+    def _turning(self, turns: bool) -> list[str]:
+        """The layers that are kept in eigenbases, or those that are not."""
+        return [name for name, layer in self.layers.items() if layer.turns == turns]
 
     def step_messages(self) -> list[Message]:
         """Those of a step, alike for all rows."""

@@ -39,9 +39,18 @@ class Piece:
         *leading, d, _ = self.shape
         return prod(leading) * (d * (d + 1) // 2)
 
+    def pack(self, tensor: Tensor, flat: Tensor) -> None:
+        """Write the numbers to send into a stretch of zeros."""
+        if self.symmetric:
+            fold(tensor, flat)
+        else:
+            flat.copy_(tensor.reshape(-1))
+
     def packed(self, tensor: Tensor) -> Tensor:
         """The numbers to send, flat."""
-        return folded(tensor) if self.symmetric else tensor.reshape(-1)
+        flat = tensor.new_zeros(self.numel)
+        self.pack(tensor, flat)
+        return flat
 
     def unpacked(self, flat: Tensor) -> Tensor:
         """The tensor again, in memory of its own."""
@@ -50,8 +59,8 @@ class Piece:
         return flat.reshape(self.shape).clone()
 
 
-def folded(matrix: Tensor) -> Tensor:
-    """One triangle of symmetric matrices [..., d, d], flat: d (d + 1) / 2 numbers of each.
+def fold(matrix: Tensor, flat: Tensor) -> None:
+    """Write one triangle of symmetric matrices [..., d, d], d (d + 1) / 2 numbers of each, into zeros [n].
 
     The matrix is cut into four blocks. The triangles of the two on its diagonal make one rectangle, the block beside
     them is another, so that no index of the size of the matrix is formed.
@@ -61,15 +70,16 @@ def folded(matrix: Tensor) -> Tensor:
     d = matrix.shape[-1]
     k = d // 2
     m = d - k
-    both = matrix.new_zeros(*matrix.shape[:-2], m, k + 1)
-    both[..., :m] += matrix[..., k:, k:].tril()
-    both[..., :k, 1:] += matrix[..., :k, :k].triu()
-    beside = matrix[..., :k, k:]
-    return torch.cat([both.flatten(-2), beside.flatten(-2)], dim=-1).reshape(-1)
+    leading = matrix.shape[:-2]
+    both, beside = torch.split(flat.view(*leading, -1), [m * (k + 1), k * m], dim=-1)
+    both, beside = both.view(*leading, m, k + 1), beside.view(*leading, k, m)
+    both[..., :m] += matrix[..., k:, k:].tril().to(flat.device)
+    both[..., :k, 1:] += matrix[..., :k, :k].triu().to(flat.device)
+    beside.copy_(matrix[..., :k, k:])
 
 
 def unfolded(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrices of ``shape`` [..., d, d] that ``folded`` took."""
+    """The matrices of ``shape`` [..., d, d] that ``fold`` took."""
     *leading, d, _ = shape
     k = d // 2
     m = d - k
@@ -109,13 +119,15 @@ def sum_pieces(layer: Layer, slots: int) -> tuple[Piece, ...]:
     return Piece(of_A, whole["A"]), Piece((slots, *of_G), whole["G"])
 
 
-def packed_sums(layer: Layer, pieces: Sequence[Piece], sums: LayerSums) -> list[Tensor]:
-    """The numbers of ``sum_pieces``."""
+def pack_sums(pieces: Sequence[Piece], sums: LayerSums, flat: Tensor) -> None:
+    """Write the numbers of ``sum_pieces`` into a stretch of zeros."""
     of_A, *of_G = pieces
     slots = len(sums.G)
     parts = torch.split(sums.G.reshape(slots, -1), [prod(piece.shape) // slots for piece in of_G], dim=-1)
-    found = [piece.packed(part.reshape(piece.shape)) for piece, part in zip(of_G, parts, strict=True)]
-    return [of_A.packed(sums.A), *found]
+    places = torch.split(flat, [piece.numel for piece in pieces])
+    of_A.pack(sums.A, places[0])
+    for piece, part, place in zip(of_G, parts, places[1:], strict=True):
+        piece.pack(part.reshape(piece.shape), place)
 
 
 def unpacked_sums(layer: Layer, pieces: Sequence[Piece], flat: Sequence[Tensor], count: Tensor) -> LayerSums:
@@ -126,22 +138,31 @@ def unpacked_sums(layer: Layer, pieces: Sequence[Piece], flat: Sequence[Tensor],
     return LayerSums(A, count, G.reshape(slots, *layer.sum_shapes[1]))
 
 
-def inverse_pieces(layer: Layer, rule: Rule) -> dict[str, Piece]:
-    """What is sent of a layer's inverse, by the name of the block's tensor."""
+def basis_pieces(layer: Layer) -> dict[str, Piece]:
+    """What is sent of a layer's eigenbases: the identity of a side that is a diagonal is not."""
+    shapes = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
+    return {f"basis_{side}": Piece(shape) for side, shape in shapes if side not in layer.diagonal_sides}
+
+
+def inverse_type(layer: Layer, rule: Rule) -> type[KroneckerBlock | EigenBlock | DiagonalBlock]:
+    """The block that a layer's inverse is."""
     if isinstance(layer.gradient_sums, GradientSquares):
-        return {"values": Piece(layer.layout.matrix_shape)}
-    shapes = dict(zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True))
-    if rule == "factored":
-        return {side: Piece(shape, side not in layer.diagonal_sides) for side, shape in shapes.items()}
-    bases = {f"basis_{side}": Piece(shape) for side, shape in shapes.items() if side not in layer.diagonal_sides}
+        return DiagonalBlock
+    return KroneckerBlock if rule == "factored" and not layer.turns else EigenBlock
+
+
+def inverse_pieces(layer: Layer, rule: Rule) -> dict[str, Piece]:
+    """What is sent of a layer's inverse, by the name of the block's tensor; bases that every rank has are not."""
+    kind = inverse_type(layer, rule)
+    if kind is KroneckerBlock:
+        shapes = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
+        return {side: Piece(shape, side not in layer.diagonal_sides) for side, shape in shapes}
+    bases = basis_pieces(layer) if kind is EigenBlock and not layer.turns else {}
     return bases | {"values": Piece(layer.layout.matrix_shape)}
 
 
-def inverse_of(layer: Layer, rule: Rule, tensors: Mapping[str, Tensor]) -> Block:
-    """The block of the tensors that ``inverse_pieces`` names."""
-    if isinstance(layer.gradient_sums, GradientSquares):
-        return DiagonalBlock(layer.layout, tensors["values"], layer.name)
-    if rule == "factored":
-        return KroneckerBlock(layer.layout, tensors["A"], tensors["G"], layer.name)
-    basis_A, basis_G = tensors.get("basis_A"), tensors.get("basis_G")
-    return EigenBlock(layer.layout, basis_A, basis_G, tensors["values"], layer.name)
+def inverse_of(layer: Layer, rule: Rule, tensors: Mapping[str, Tensor | None]) -> Block:
+    """The block of the tensors that ``inverse_pieces`` names, and of its bases where there are any."""
+    kind = inverse_type(layer, rule)
+    absent = {"basis_A": None, "basis_G": None} if kind is EigenBlock else {}
+    return kind(layer.layout, **absent | dict(tensors), name=layer.name)  # type: ignore[arg-type]

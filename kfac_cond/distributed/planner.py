@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import check_module, checked_rules, described, is_number, is_size
-from ..costs import Costing, factor_bytes, inverse_bytes, refresh_flops, update_flops
+from ..costs import Costing, basis_bytes, factor_bytes, inverse_bytes, refresh_flops, update_flops
 from ..damping import Rule
 from ..errors import ArgumentError
 from ..layers.layer import Layer
@@ -187,7 +187,7 @@ class RankPlan:
         rank: its number.
         layers: that it owns.
         factor_bytes: of the averages that it keeps.
-        inverse_bytes: of the inverses that it has.
+        inverse_bytes: of the inverses that it has, and of the bases of all layers in 'ekfac'.
         refresh_flops: operations of a refresh.
         update_flops: operations of a step.
         refresh_ms: predicted milliseconds of a refresh: its operations, and what it sends.
@@ -248,6 +248,7 @@ class PlanTable:
     def ranks(self) -> tuple[RankPlan, ...]:
         """A row a rank."""
         capture, step = (_sent(messages) for messages in (self.capture_messages, self.step_messages))
+        rescaled = [_sent(self.layout.rescale_messages(column)) for column in range(self.layout.grid.columns)]
         columns = [self._column(column) for column in range(self.layout.grid.columns)]
         owned: dict[int, list[LayerPlan]] = {}
         for row in self.layers:
@@ -268,7 +269,7 @@ class PlanTable:
                     updates,
                     self._ms(flops, refresh),
                     self._ms(updates, step),
-                    capture,
+                    capture + rescaled[self.layout.grid.column(rank)],
                     refresh,
                     step,
                 )
@@ -288,6 +289,14 @@ class PlanTable:
     def refresh_messages(self, rank: int) -> list[Message]:
         """The collectives of a refresh that a rank takes part in, where nothing fails."""
         return self.layout.refresh_messages(self.layout.grid.column(rank))
+
+    def rescale_messages(self, rank: int) -> list[Message]:
+        """Those that follow them where layers are in 'ekfac', or a capture without a refresh: new eigenvalues."""
+        return self.layout.rescale_messages(self.layout.grid.column(rank))
+
+    def staggered_messages(self, rank: int, names: Collection[str]) -> list[Message]:
+        """Those of a step at which ``Schedule(stagger=True)`` refreshes these layers, and nothing is captured."""
+        return self.layout.staggered_messages(self.layout.grid.column(rank), names)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dictionaries."""
@@ -343,7 +352,8 @@ class PlanTable:
         grid = self.layout.grid
         mine = [row for row in self.layers if grid.column(row.owner) == column]
         inverses, updates = sum(row.inverse_bytes for row in mine), sum(row.update_flops for row in mine)
-        return inverses, updates, _sent(self.layout.refresh_messages(column))
+        bases = sum(basis_bytes(self.layout.layers[row.name]) for row in self.layers if row not in mine)
+        return inverses + bases, updates, _sent(self.layout.refresh_messages(column))
 
     def _ms(self, flops: int, nbytes: int) -> float:
         return 1e3 * (flops / self.plan.flops + nbytes / self.plan.bandwidth)

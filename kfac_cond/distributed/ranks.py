@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,17 @@ from ..costs import Costing
 from ..damping import Rule
 from ..errors import RankError
 from ..layers.layer import Layer
+from ..layers.summed import Bases
 from ..linalg.ladder import Rung
 from ..structures import Block
 from .exchange import exchanged, union
 from .group import Group
-from .layout import Grid, Layout
-from .packing import Piece, inverse_of, inverse_pieces
+from .layout import Grid, Layout, Stretches
+from .packing import Piece, basis_pieces, inverse_of, inverse_pieces, inverse_type
 from .reduce import Captured, Reduction
+
+_WANTING = 16
+"""What is added to the code of a rung where the layer was found unsettled."""
 
 Make = Callable[[Container[str]], tuple[dict[str, Block], dict[str, Rung]]]
 
@@ -28,11 +32,11 @@ class Alone:
     """The capture of one process, where the others' would be waited for."""
 
     def __init__(self, captured: Captured) -> None:
-        self._captured = captured
+        self.captured = captured
 
     def wait(self, *, functional: bool) -> Captured:
         """The capture itself."""
-        return self._captured
+        return self.captured
 
 
 class Ranks:
@@ -95,86 +99,169 @@ class Ranks:
     # -- a refresh ----------------------------------------------------------------------------------------------------
 
     def inverted(
-        self, make: Make, previous: Mapping[str, Block], *, rule: Rule
-    ) -> tuple[dict[str, Rung], dict[str, Block]]:
-        """How far the factorisation of each layer climbed on its owner, and the inverses that this rank works with.
+        self, make: Make, previous: Mapping[str, Block], unsettled: Set[str], *, rule: Rule
+    ) -> tuple[dict[str, Rung], dict[str, Block], Set[str]]:
+        """How far the factorisation of each layer climbed on its owner, the inverses, and which layers were unsettled.
+
+        The inverses are those that this rank works with, without those of layers in 'ekfac' that others own.
 
         Args:
             make: gives the inverses and rungs of layers that this rank owns.
             previous: the inverses before; one that stands in is not sent.
+            unsettled: the layers that this rank found to want another refresh.
             rule: of the damping, which says what an inverse is.
 
         Raises:
             RankError: a rank did not take part.
         """
-        self.layout = replace(self.layout, costing=replace(self.layout.costing, rule=rule))
+        self._damped_by(rule)
         if self.size == 1:
             mine, climbed = make(set(self.owned()))
-            return climbed, mine
+            return climbed, mine, unsettled
         try:
             mine, climbed = make(set(self.owned()))
         except Exception as error:
             # Said before it is raised: the others would wait for what does not come.
-            self.agreed({}, raised=True)
+            self.agreed({}, (), raised=True)
             raise _raised(self.rank, str(error)) from error
-        rungs = self.agreed(climbed)
-        return rungs, self.spread(mine, rungs, previous)
+        rungs, wanting = self.agreed(climbed, unsettled)
+        return rungs, self.spread(mine, rungs, previous), wanting
 
-    def agreed(self, mine: Mapping[str, Rung], *, raised: bool = False) -> dict[str, Rung]:
-        """How far the factorisations of all owners climbed, by layer; a layer that none tried is absent.
+    def agreed(
+        self, mine: Mapping[str, Rung], unsettled: Collection[str], *, raised: bool = False
+    ) -> tuple[dict[str, Rung], set[str]]:
+        """How far the factorisations of all owners climbed, by layer, and which layers their owners found unsettled.
+
+        A layer that none tried is absent.
 
         Args:
             mine: of the layers of this rank that were tried.
+            unsettled: what this rank found; of a layer it is the owner that finds it.
             raised: an error stopped this rank.
 
         Raises:
             RankError: an error stopped another rank.
         """
         names = list(self.layout.layers)
-        numbers = [*(mine[name] + 1 if name in mine else 0 for name in names), (self.rank + 1) * raised]
+        tried = [mine[name] + 1 if name in mine else 0 for name in names]
+        numbers = [code + _WANTING * (name in unsettled) for name, code in zip(names, tried, strict=True)]
+        numbers.append((self.rank + 1) * raised)
         codes = torch.tensor(numbers, dtype=torch.int32).to(self._device)
         self.group.all_reduce(codes, "the agreement on what was inverted", largest=True).wait()
         if codes.is_meta:
             # Where there is nothing to read, what is known here stands for all.
-            return dict(mine)
+            return dict(mine), set(unsettled)
         *found, stopped = codes.tolist()
         if stopped and not raised:
             raise _raised(stopped - 1, "see its log")
-        return {name: Rung(code - 1) for name, code in zip(names, found, strict=True) if code}
+        codes_of = dict(zip(names, found, strict=True))
+        rungs = {name: Rung(code % _WANTING - 1) for name, code in codes_of.items() if code % _WANTING}
+        return rungs, {name for name, code in codes_of.items() if code >= _WANTING}
 
     def spread(
         self, mine: Mapping[str, Block], rungs: Mapping[str, Rung], previous: Mapping[str, Block]
     ) -> dict[str, Block]:
-        """The inverses that this rank works with, from their owners.
+        """The inverses that this rank works with, from their owners; those of layers in 'ekfac' are not sent.
 
         Args:
             mine: those that this rank made.
             rungs: as agreed; where the previous inverse stands in nothing is sent.
             previous: the inverses before.
         """
-        names = [name for name in rungs if self.layout.works(self.rank, name)]
+        layers = self.layout.layers
+        names = [name for name in rungs if self.layout.works(self.rank, name) and not layers[name].turns]
         fresh = [name for name in names if rungs[name] != Rung.PREVIOUS]
-        column = self.grid.column(self.rank)
-        stretches = self.layout.inverses(fresh, column)
-        pieces = {name: inverse_pieces(self.layout.layers[name], self.layout.costing.rule) for name in fresh}
+        found = self._received(self.layout.inverses(fresh, self.grid.column(self.rank)), mine, {})
+        return {**{name: previous[name] for name in names if name in previous}, **found, **mine}
+
+    def handed_on(
+        self, names: Iterable[str], mine: Mapping[str, Block], bases: Mapping[str, Bases], *, rule: Rule
+    ) -> dict[str, Block]:
+        """Inverses that this rank works with and has no averages for, from their owners.
+
+        Args:
+            names: the layers, the same on all ranks.
+            mine: their inverses, where this rank has them.
+            bases: of layers in 'ekfac'.
+            rule: of the damping.
+        """
+        self._damped_by(rule)
+        # One of another rule stayed as it was, as after a resume with another damping.
+        types = {name: inverse_type(self.layout.layers[name], rule) for name in names}
+        fresh = [name for name, kind in types.items() if name not in mine or isinstance(mine[name], kind)]
+        return self._received(self.layout.handed_on(fresh, self.grid.column(self.rank)), mine, bases)
+
+    def bases(self, names: Sequence[str], mine: Mapping[str, Bases]) -> dict[str, Bases]:
+        """The eigenbases of these layers, without those that this rank owns.
+
+        Args:
+            names: of layers in 'ekfac', the same on all ranks.
+            mine: their bases, where this rank owns them.
+        """
+        others = [name for name in names if self.layout.owners[name] != self.rank]
+        held = {name: dict(zip(("basis_A", "basis_G"), mine[name], strict=True)) for name in names if name in mine}
+        pieces = {name: basis_pieces(self.layout.layers[name]) for name in names}
+        found = self._sent(
+            self.layout.bases(names),
+            held,
+            pieces,
+            self.group,
+            list(range(self.size)),
+            "the eigenbases from their owners",
+        )
+        of = {name: found.get(name, {}) for name in others}
+        return {name: (tensors.get("basis_A"), tensors.get("basis_G")) for name, tensors in of.items()}
+
+    def _received(
+        self, stretches: Stretches, mine: Mapping[str, Block], bases: Mapping[str, Bases]
+    ) -> dict[str, Block]:
+        """The inverses in these stretches that others of the column own."""
+        layers, rule = self.layout.layers, self.layout.costing.rule
+        names = [name for several in stretches.values() for one in several for name in one.names]
+        pieces = {name: inverse_pieces(layers[name], rule) for name in names}
+        held = {
+            name: {key: getattr(mine[name], key) for key in pieces[name]}
+            for name in names
+            if self.layout.owners[name] == self.rank
+        }
+        ranks = self.grid.ranks_of_column(self.grid.column(self.rank))
+        found = self._sent(stretches, held, pieces, self._column, ranks, "the inverses from their owners")
+        blocks = {}
+        for name, tensors in found.items():
+            known = dict(zip(("basis_A", "basis_G"), bases[name], strict=True)) if layers[name].turns else {}
+            blocks[name] = inverse_of(layers[name], rule, known | tensors)
+        return blocks
+
+    def _sent(
+        self,
+        stretches: Stretches,
+        mine: Mapping[str, Mapping[str, Tensor | None]],
+        pieces: Mapping[str, Mapping[str, Piece]],
+        group: Group,
+        ranks: list[int],
+        what: str,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the layers that other ranks own, by layer and key, where each layer is."""
+        owned = {name for name in pieces if self.layout.owners[name] == self.rank}
         flat = exchanged(
             stretches,
-            {name: _flat(mine[name], pieces[name]) for name in fresh if name in mine},
-            self._column,
-            self.grid.ranks_of_column(column),
+            {name: _flat(mine[name], pieces[name]) for name in owned},
+            group,
+            ranks,
             sizes={name: sum(piece.numel for piece in of.values()) for name, of in pieces.items()},
             device=self._device,
-            what="the inverses from their owners",
+            what=what,
         )
-        known = {**previous, **{name: self._block(name, one) for name, one in flat.items()}, **mine}
-        return {name: known[name] for name in names}
+        return {
+            name: _tensors(one, pieces[name], self.layout.layers[name].like.device)
+            for name, one in flat.items()
+            if name not in owned
+        }
 
-    def _block(self, name: str, flat: Tensor) -> Block:
-        layer, rule = self.layout.layers[name], self.layout.costing.rule
-        pieces = inverse_pieces(layer, rule)
-        parts = torch.split(flat, [piece.numel for piece in pieces.values()])
-        tensors = {key: piece.unpacked(part) for (key, piece), part in zip(pieces.items(), parts, strict=True)}
-        return inverse_of(layer, rule, {key: one.to(layer.like.device) for key, one in tensors.items()})
+    def _damped_by(self, rule: Rule) -> None:
+        """What is sent of an inverse depends on the rule of its damping."""
+        if rule != self.layout.costing.rule:
+            self.layout = replace(self.layout, costing=replace(self.layout.costing, rule=rule))
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -219,9 +306,16 @@ class Ranks:
         return next(iter(self.layout.layers.values())).like.device
 
 
-def _flat(block: Block, pieces: Mapping[str, Piece]) -> Tensor:
-    """The numbers of an inverse, as they are sent."""
-    return torch.cat([piece.packed(getattr(block, key)) for key, piece in pieces.items()])
+def _flat(tensors: Mapping[str, Tensor | None], pieces: Mapping[str, Piece]) -> Tensor:
+    """The numbers of some tensors, as they are sent."""
+    packed = [piece.packed(tensor) for key, piece in pieces.items() if (tensor := tensors[key]) is not None]
+    return torch.cat(packed) if packed else torch.empty(0)
+
+
+def _tensors(flat: Tensor, pieces: Mapping[str, Piece], device: torch.device) -> dict[str, Tensor]:
+    """The tensors again."""
+    parts = torch.split(flat, [piece.numel for piece in pieces.values()])
+    return {key: piece.unpacked(part).to(device) for (key, piece), part in zip(pieces.items(), parts, strict=True)}
 
 
 def _raised(rank: int, what: str) -> RankError:

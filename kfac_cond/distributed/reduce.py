@@ -7,17 +7,17 @@ capture. Whoever keeps a layer gets its sums, everybody the counts, so that all 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..health import Flags
-from ..layers.layer import Layer
 from ..statistics import LayerSums, Statistics, count_dtype
 from .group import Group, Started
 from .layout import Layout, Stretch, offsets
-from .packing import Piece, from_limbs, limbs, packed_sums, sum_pieces, unpacked_sums
+from .packing import Piece, from_limbs, limbs, pack_sums, sum_pieces, unpacked_sums
 
 WHAT = "the sum of the statistics over all ranks"
 
@@ -36,13 +36,13 @@ class Reduction:
     A rank whose own batch is not finite adds nothing. Ranks may differ in batch size, and in which layers were used.
 
     Args:
-        captured: this rank's; left as it is.
+        captured: this rank's; its sums are let go when those of all are there.
         layout: says who keeps what.
         group: of all ranks.
     """
 
     def __init__(self, captured: Captured, layout: Layout, group: Group) -> None:
-        self._captured, self._layout, self._group = captured, layout, group
+        self.captured, self._layout, self._group = captured, layout, group
         self._sums = layout.sums()
         self._buffers = {dtype: self._filled(stretches, dtype) for dtype, stretches in self._sums.items()}
         self._started = [
@@ -62,7 +62,9 @@ class Reduction:
         """
         for one in self._started:
             one.wait()
-        mine, layout = self._captured.statistics, self._layout
+        mine, layout = replace(self.captured.statistics, layers={}), self._layout
+        # Beside the buffer there are the sums of this rank or those of all, never both.
+        self.captured = self.captured._replace(statistics=mine)
         first = next(iter(self._buffers.values()))
         wide = count_dtype(first.device)
         counts = dict(zip(self._keys, from_limbs(first[-3 * layout.counts :].reshape(3, -1), wide), strict=True))
@@ -96,20 +98,22 @@ class Reduction:
         ]
 
     def _filled(self, stretches: list[Stretch], dtype: torch.dtype) -> Tensor:
-        """The buffer of one dtype, zero where this rank's capture is not finite."""
-        layers, statistics = self._layout.layers, self._captured.statistics
-        parts: list[Tensor] = []
-        for one in stretches:
-            for name in one.names:
-                parts += [part.to(dtype) for part in self._packed(layers[name], statistics.layers.get(name))]
-            if one is self._last:
-                parts.append(limbs(self._counted(), dtype).reshape(-1))
-        device = parts[0].device
-        buffer = torch.cat([part.to(device) for part in parts])
-        header = 3 * self._layout.counts if stretches[-1] is self._last else 0
-        sums = buffer[: len(buffer) - header]
-        # In place: a copy would be as large as all sums.
-        sums.masked_fill_(~statistics.finite.to(device), 0)
+        """The buffer of one dtype, zero where a layer was not used here, or this rank's capture is not finite."""
+        statistics = self.captured.statistics
+        first = stretches[0].names[0]
+        device = (
+            statistics.layers[first].A.device if first in statistics.layers else self._layout.layers[first].like.device
+        )
+        buffer = torch.zeros(sum(one.numel for one in stretches), dtype=dtype, device=device)
+        for one, place in zip(stretches, offsets(stretches), strict=True):
+            # Into their places: parts that are brought together afterwards would be a second buffer.
+            for name, flat in self._by_layer(one, buffer[place]):
+                if name in statistics.layers:
+                    pack_sums(self._pieces(name), statistics.layers[name], flat)
+        buffer.masked_fill_(~statistics.finite.to(device), 0)
+        if stretches[-1] is self._last:
+            counts = limbs(self._counted(), dtype).reshape(-1)
+            buffer[-len(counts) :].copy_(counts)
         return buffer
 
     @property
@@ -117,16 +121,9 @@ class Reduction:
         """The stretch that ends with the counts."""
         return next(iter(self._sums.values()))[-1]
 
-    def _packed(self, layer: Layer, sums: LayerSums | None) -> list[Tensor]:
-        """A layer's numbers; zeros where it was not used here."""
-        pieces = sum_pieces(layer, self._layout.costing.heads)
-        if sums is None:
-            return [layer.like.new_zeros(sum(piece.numel for piece in pieces), dtype=torch.float32)]
-        return packed_sums(layer, pieces, sums)
-
     def _counted(self) -> Tensor:
         """The counts of this rank, in the order of ``_keys``."""
-        statistics, flags, functional = self._captured
+        statistics, flags, functional = self.captured
         device = statistics.divisor.device
         wide = count_dtype(device)
         none = torch.zeros((), dtype=wide, device=device)

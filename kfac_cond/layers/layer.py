@@ -71,6 +71,11 @@ class Layer:
         return self.layout.diagonal_sides(self.max_factor_dim)
 
     @property
+    def turns(self) -> bool:
+        """Whether it is kept in eigenbases, which follow its factors."""
+        return isinstance(self.gradient_sums, EigenSquares)
+
+    @property
     def input_moment(self) -> Moment:
         """How the outer products of its inputs are summed."""
         return second_moment_diagonal if "A" in self.diagonal_sides else second_moment

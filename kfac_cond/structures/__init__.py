@@ -1,7 +1,7 @@
 """What a block of the Fisher can be stored as, all with one algebra, and the Fisher that is made of them."""
 
 from .base import Block
-from .bases import near, refreshed, stepped
+from .bases import diagonals_in, near, refreshed, stepped
 from .collect import COLLECTORS, Joint, LayerByLayer
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
@@ -41,6 +41,7 @@ __all__ = [
     "averaged",
     "damped_inverse",
     "damped_inverses_of",
+    "diagonals_in",
     "near",
     "refreshed",
     "register_stored",

@@ -188,22 +188,22 @@ def tell(case: Case, kfac: kc.KFAC, outputs: Tensor, y: Tensor, drawn: Tensor, r
     kfac.update((outputs, outputs.tanh()), targets=(known, None), draws=[(drawn, outputs.detach().cos())])
 
 
-def trained(case: Case, strategy: Any, rank: int, world: int) -> dict[str, Any]:
+def trained(case: Case, strategy: Any, rank: int, world: int, *, steps: int = STEPS) -> dict[str, Any]:
     """A run of one rank, with what it ends with."""
     run = Run(case, distributed=True)
     run.kfac.distribute(kc.Plan(strategy=strategy))
-    for number in range(STEPS):
+    for number in range(steps):
         run.step(number, pieces(shards(world)[rank], case.micro), world=world)
     return run.ended()
 
 
-def alone(case: Case, world: int) -> dict[str, Any]:
+def alone(case: Case, world: int, *, steps: int = STEPS) -> dict[str, Any]:
     """The same on one process, with the ranks' batches one after another.
 
     Weight gradients that are squared once a batch, in the universal form, are those of a rank.
     """
     run = Run(case, distributed=False)
-    for number in range(STEPS):
+    for number in range(steps):
         # Nothing is captured while a static graph is recorded.
         with run.kfac.paused() if number == 0 and case.ddp.get("static_graph") else nullcontext():
             micro = [part for rows in shards(world) for part in pieces(rows, case.micro)]

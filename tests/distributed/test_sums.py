@@ -203,32 +203,6 @@ def corrected_steps(*shards: slice, stagger: bool = False) -> kc.KFAC:
     return kfac
 
 
-#: What every rank needs all averages for.
-TURNING = {
-    "structure='ekfac' of 0, 2": {"structure": "ekfac"},
-    "Schedule(stagger=True)": {"schedule": kc.Schedule(stagger=True)},
-    "Schedule(inverses=kc.Adaptive(...))": {"schedule": kc.Schedule(inverses=kc.Adaptive(0.1))},
-}
-
-
-def refusals(strategy: str | float) -> list[str]:
-    """What is said where layers are shared out that cannot be."""
-    said = []
-    for settings in TURNING.values():
-        kfac = kc.KFAC(network(), "categorical", **settings)
-        try:
-            kfac.distribute(kc.Plan(strategy=strategy))
-        except kc.ArgumentError as error:
-            said.append(str(error))
-            # Nothing of it stays.
-            outputs = kfac._wrapped.model(batches()[0])
-            kfac.update(outputs)
-            outputs.sum().backward()
-            kfac.precondition()
-            assert kfac.plan().to_dict()["strategy"] == "replicate"
-    return said
-
-
 def work(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, likelihood in (("mean", kc.Categorical()), ("sum", kc.Categorical(reduction="sum"))):
@@ -244,7 +218,6 @@ def work(rank: int, world: int) -> dict[str, Any]:
     found["branching"] = dense(branching_steps([rank == 1], [SHARDS[rank]]))
     for stagger in (False, True):
         found["corrected", stagger] = dense(corrected_steps(SHARDS[rank], stagger=stagger))
-    found["refused"] = {strategy: refusals(strategy) for strategy in ("replicate", "shard")}
     found["ddp"] = {strategy: gradients_under_ddp(rank, strategy) for strategy in (None, "replicate", "shard")}
     found["static_graph"] = static_graph_run(rank)
     generator = Draws(7).generators(step=0, count=1, device=torch.device("cpu"))[0]
@@ -306,14 +279,6 @@ def test_a_weight_that_one_rank_uses_without_a_call_is_universal_on_all(results,
     assert list(results[rank]["branching"]) == ["layer.weight", "layer.bias", "norm", "head"] == list(expected)
     for name, block in results[rank]["branching"].items():
         assert_same(block, expected[name])
-
-
-@pytest.mark.parametrize("rank", range(WORLD))
-def test_what_every_rank_needs_is_not_shared_out(results, rank):
-    assert results[rank]["refused"]["replicate"] == []
-    for words, said in zip(TURNING, results[rank]["refused"]["shard"], strict=True):
-        assert said.startswith(f"{words} with strategy='shard'")
-        assert "Plan(strategy='replicate')" in said
 
 
 @pytest.mark.parametrize("stagger", [False, True])

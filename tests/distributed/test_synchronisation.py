@@ -23,11 +23,14 @@ def _two_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def counts(strategy: str | float, device: str, number: int = 11) -> list[int]:
+def counts(
+    strategy: str | float, device: str, *, number: int = 11, stagger: bool = False, structure: str = "kfac"
+) -> list[int]:
     """The reads of each step; factors at every second, inverses at every tenth."""
     model = convolutional().to(device)
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
-    kfac = kc.KFAC(model, criterion, schedule=kc.Schedule(factors=2, inverses=10), trust_region=kc.KLClip(1e-3))
+    schedule = kc.Schedule(factors=2, inverses=10, stagger=stagger)
+    kfac = kc.KFAC(model, criterion, schedule=schedule, structure=structure, trust_region=kc.KLClip(1e-3))
     kfac.distribute(kc.Plan(strategy=strategy))
     kfac.attach(optimizer)
     inputs, labels = torch.randn(5, 3, device=device), torch.zeros(5, dtype=torch.long, device=device)
@@ -45,6 +48,15 @@ def counts(strategy: str | float, device: str, number: int = 11) -> list[int]:
 def test_steps_that_do_not_refresh_read_nothing(strategy):
     """But where graphs are looked at for other uses of weights, after 0, 1, 3, 7 ... captures."""
     assert counts(strategy, "cpu")[3:6] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("strategy", ["replicate", "shard", 0.5])
+def test_nor_do_steps_that_refresh_layers_by_themselves(strategy, structure):
+    """Of four ranks, where a fraction sends inverses to those that keep no averages."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=4)
+    assert counts(strategy, "cpu", stagger=True, structure=structure)[3:6] == [0, 0, 0]
 
 
 def test_a_world_that_changes_under_shared_layers_is_named():
