@@ -4,5 +4,17 @@ from .ddp import StaticGraph, synchronises
 from .planner import EVERY, LayerPlan, Plan, PlanTable, RankPlan
 from .ranks import Ranks
 from .reduce import Captured
+from .shuffle import Shuffle
 
-__all__ = ["EVERY", "Captured", "LayerPlan", "Plan", "PlanTable", "RankPlan", "Ranks", "StaticGraph", "synchronises"]
+__all__ = [
+    "EVERY",
+    "Captured",
+    "LayerPlan",
+    "Plan",
+    "PlanTable",
+    "RankPlan",
+    "Ranks",
+    "Shuffle",
+    "StaticGraph",
+    "synchronises",
+]

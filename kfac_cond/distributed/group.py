@@ -57,6 +57,11 @@ class Group:
                 f"group that it is part of, with the ranks that train the same model on other data"
             )
 
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of its ranks among all processes."""
+        return [self._named(rank) for rank in range(self.size)]
+
     def all_reduce(self, buffer: Tensor, what: str, *, largest: bool = False) -> Started:
         """Add a buffer over the ranks, in place on all of them; or take the largest of each entry."""
         op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
@@ -72,6 +77,14 @@ class Group:
         """Give the buffer of one rank to all."""
         with reached_by_all(what):
             return Started(dist.broadcast(buffer, self._named(of), group=self.group, async_op=True), what)
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int], what: str
+    ) -> Started:
+        """Give each rank its stretch of a buffer, and take the stretches of all ranks; sizes are by rank."""
+        with reached_by_all(what):
+            work = dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group, async_op=True)
+            return Started(work, what)
 
     def objects(self, mine: Any, what: str) -> list[Any]:
         """The picklable objects of all ranks, in their order."""

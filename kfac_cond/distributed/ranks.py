@@ -20,6 +20,7 @@ from .group import Group
 from .layout import Grid, Layout
 from .packing import Piece, inverse_of, inverse_pieces
 from .reduce import Captured, Reduction
+from .shuffle import Shuffle, Shuffles
 
 Make = Callable[[Container[str]], tuple[dict[str, Block], dict[str, Rung]]]
 
@@ -53,6 +54,7 @@ class Ranks:
         between = 1 < grid.workers < grid.world
         self._row = group.part(grid.ranks_of_row(rank)) if between else group
         self._column = group.part(grid.ranks_of_column(grid.column(rank))) if between else group
+        self._shuffles = Shuffles(group)
 
     @property
     def rank(self) -> int:
@@ -73,6 +75,7 @@ class Ranks:
             every: steps between two refreshes.
         """
         self.layout = Layout.of(layers, self.grid, costing, every=every)
+        self._shuffles.clear()
 
     def owned(self) -> list[str]:
         """The layers that this rank owns."""
@@ -199,6 +202,16 @@ class Ranks:
             what="the preconditioned gradients from their owners",
         )
         return {name: mine.get(name, flat[name].reshape(layouts[name].matrix_shape)) for name in names}
+
+    def shuffle(self, names: Sequence[str], gradients: Mapping[str, Mapping[str, Tensor]]) -> Shuffle:
+        """How the gradients of these layers, of which each rank has a part, get to where they are preconditioned.
+
+        Args:
+            names: of layers that have an inverse on some rank; the same on all.
+            gradients: by layer and parameter, those that there are here.
+        """
+        layers = {name: self.layout.layers[name] for name in names}
+        return self._shuffles.of(layers, gradients, self.layout.costing, self.worked())
 
     # -- everything, on all -------------------------------------------------------------------------------------------
 

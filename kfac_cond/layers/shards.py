@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .regions import region_here
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -52,17 +53,17 @@ def whole(x: Tensor) -> Tensor:
 
 
 def check_placements(name: str, gradient: Tensor) -> None:
-    """Refuse a gradient that cannot be written back shard by shard.
+    """Refuse a gradient that is a part of something else than a sum or a mean.
 
     Raises:
-        ArgumentError: it has placements other than whole shards and repetitions of them.
+        ArgumentError: it has such placements.
     """
     if is_sharded(gradient):
         placements = gradient.placements  # type: ignore[attr-defined]
-        if not all(type(one) in (Shard, Replicate) for one in placements):
+        if not all(type(one) is Partial and one.reduce_op in ("sum", "avg") for one in placements if one.is_partial()):
             raise ArgumentError(
-                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected Shard(dim) and "
-                f"Replicate() alone, as fully_shard gives them. Exclude the layer that it is of with a rule, or bring "
+                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected shards, "
+                f"repetitions, and parts of a sum or of a mean. Exclude the layer that it is of with a rule, or bring "
                 f"the gradient together before the step."
             )
 
@@ -70,12 +71,9 @@ def check_placements(name: str, gradient: Tensor) -> None:
 def write_into(gradient: Tensor, new: Tensor) -> None:
     """Write a whole tensor, the same on all ranks, into a gradient: into a DTensor the part that is here."""
     if is_sharded(gradient):
-        mesh, placements = gradient.device_mesh, gradient.placements  # type: ignore[attr-defined]
-        # Each rank has all of it: nothing is sent.
-        repeated = DTensor.from_local(new.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        new = repeated.redistribute(placements=placements).to_local()
-        gradient = gradient.to_local()  # type: ignore[attr-defined]
-    gradient.copy_(new)
+        region = region_here(gradient)
+        new = gradient.to_local() if region is None else region.of(new)  # type: ignore[attr-defined]
+    local(gradient).copy_(new)
 
 
 def hold_shards(model: nn.Module) -> None:

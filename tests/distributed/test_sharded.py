@@ -125,7 +125,7 @@ def stepped_whole(rank: int) -> dict[str, torch.Tensor]:
 
 
 def refused(rank: int) -> dict[str, str]:
-    """What is said of what is not covered: FSDP1, tensor parallel, a gradient that is a part of a sum."""
+    """What is said of what is not covered: FSDP1, tensor parallel, a gradient that is a part of a maximum."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Partial
@@ -143,7 +143,7 @@ def refused(rank: int) -> dict[str, str]:
     own = Run(CASES["mixed"], "blocks")
     own.gradients(0, rank)
     weight = own.model.out.weight
-    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial()])
+    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial("max")])
     before = own.model.inner.weight.grad.to_local().clone()
     try:
         own.optimizer.step()
@@ -252,7 +252,7 @@ def test_tensor_parallel_layers_are_named():
     assert "no layer that KFAC covers (0.weight: its weight is a sharded DTensor" in found["all of it"]
 
 
-def test_a_gradient_that_is_part_of_a_sum_is_refused_before_anything_is_written():
+def test_a_gradient_that_is_part_of_a_maximum_is_refused_before_anything_is_written():
     for result in results():
         assert "the gradient of 'out.weight' is a DTensor with placements" in result["refused"]["partial"]
         assert result["refused"]["unchanged"]
