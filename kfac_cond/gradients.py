@@ -15,7 +15,7 @@ from torch import Tensor
 from .distributed import Shuffle
 from .errors import ArgumentError
 from .layers.layer import Layer
-from .layers.shards import check_placements, is_sharded, local, whole, write_into
+from .layers.shards import check_placements, local, whole, write_into
 from .sharing import Shared
 from .statistics import statistic_dtype
 from .trust_region import LayerUpdate, TrustRegion
@@ -45,7 +45,6 @@ def precondition(
     names: Sequence[str],
     gradients: Mapping[str, Mapping[str, Tensor]],
     shared: Shared,
-    *,
     rates: Mapping[int, float | Tensor],
     trust_region: TrustRegion | None,
     grad_scale: Tensor | None,
@@ -98,7 +97,7 @@ def _parted(
     if not getattr(trust_region, "by_layer", trust_region is None):
         return []
     inverted = [name for name in names if name in shared.factors.inverted]
-    return [name for name in inverted if any(map(is_sharded, layers[name].parameters.values()))]
+    return [name for name in inverted if layers[name].sharded]
 
 
 def _collected(

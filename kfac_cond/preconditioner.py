@@ -382,15 +382,7 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            scale = precondition(
-                self.layers,
-                names,
-                gradients,
-                self._shared,
-                rates=rates,
-                trust_region=self.trust_region,
-                grad_scale=grad_scale,
-            )
+            scale = precondition(self.layers, names, gradients, self._shared, rates, self.trust_region, grad_scale)
             self._scale = self._scale if scale is None else scale
         return True
 

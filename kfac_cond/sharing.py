@@ -123,7 +123,8 @@ class Shared:
     def table(self, world: int | None) -> PlanTable:
         """The plan in numbers, for so many ranks, or for those there are."""
         world = self.plan.world if world is None else world
-        return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every)
+        group = None if self._ranks is None else self._ranks.group
+        return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every, group=group)
 
     def _assign(self) -> None:
         if self._ranks is not None:

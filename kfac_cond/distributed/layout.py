@@ -225,8 +225,9 @@ class Layout:
         return agreed + spread if self.grid.world > 1 else []
 
     def step_messages(self) -> list[Message]:
-        """Those of a step, alike for all rows."""
-        return _messages(self.results(self.layers, 0), "broadcast", self.grid.columns)
+        """Those of a step for layers that all ranks have the gradients of, alike for all rows."""
+        names = [name for name, layer in self.layers.items() if not layer.sharded]
+        return _messages(self.results(names, 0), "broadcast", self.grid.columns)
 
     def _stretches(
         self, names: Iterable[str], root: Callable[[str], int | None], numel: Callable[[str], int]

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..costs import Costing, update_flops
 from ..errors import ArgumentError
 from ..layers.layer import Layer
-from ..layers.regions import Region, missing_entries, region_here
+from ..layers.regions import Region, missing_entries, region_here, regions_by_rank, rows_of
 from ..layers.shards import is_sharded, local
 from ..statistics import count_dtype
 from .group import Group
-from .layout import longest_first
+from .layout import Layout, longest_first
 from .routes import Direction, Move, Routes, Travelling
 
 THERE = "the gradients of sharded layers on their way to be preconditioned"
@@ -159,22 +159,17 @@ class Shuffles:
         }
         key = (tuple(layers), tuple((parameter, _laid_out(one)) for parameter, one in tensors.items()))
         if key not in self._made:
-            travelling = {
-                parameter: Travelling(name, tuple(tensors[parameter].shape), tensors[parameter].dtype)
-                for name, layer in layers.items()
-                for parameter in layer.parameters
-            }
-            self._made[key] = self._make(layers, tensors, travelling, costing, works)
+            self._made[key] = self._make(layers, tensors, costing, works)
         return self._made[key]
 
     def _make(
         self,
         layers: Mapping[str, Layer],
         tensors: Mapping[str, Tensor],
-        travelling: Mapping[str, Travelling],
         costing: Costing,
         works: Sequence[str],
     ) -> Shuffle:
+        travelling = _travelling(layers, tensors)
         ranks = exchanging([*_members(self._group)], list(tensors.values()))
         group = self._of_ranks(tuple(ranks))
         held = {parameter: region for parameter, one in tensors.items() if (region := _held(one)) is not None}
@@ -185,8 +180,7 @@ class Shuffles:
         found = [mine] if group.size == 1 else group.objects(mine, "who has which part of which gradient")
         _check(travelling, found)
         able = {name: [rank for rank, one in enumerate(found) if name in one["works"]] for name in layers}
-        costs = {name: float(update_flops(layer, costing)) for name, layer in layers.items()}
-        to = longest_first(costs, group.size, among=able)
+        to = _preconditioning(layers, costing, able, group.size)
         return Shuffle(Routes(travelling, [one["held"] for one in found], to), group, _device(tensors))
 
     def _of_ranks(self, ranks: tuple[int, ...]) -> Group:
@@ -197,6 +191,29 @@ class Shuffles:
             everybody = Group()
             self._groups[ranks] = everybody if len(ranks) == everybody.size else everybody.part(list(ranks))
         return self._groups[ranks]
+
+
+def planned(layout: Layout, group: Group | None) -> Routes | None:
+    """The routes of all sharded layers, from shapes and placements alone; None where there are none.
+
+    Args:
+        layout: of some layers on some ranks.
+        group: these ranks; None for ranks that are not there, which have parts as ``fully_shard`` makes them.
+    """
+    layers = {name: layer for name, layer in layout.layers.items() if layer.sharded}
+    tensors = {parameter: tensor for layer in layers.values() for parameter, tensor in layer.parameters.items()}
+    if not layers:
+        return None
+    if group is None:
+        by_tensor = {name: rows_of(one.shape, layout.grid.world) for name, one in tensors.items()}
+    else:
+        ranks = exchanging(_members(group), list(tensors.values()))
+        by_tensor = {name: _by_place(one, ranks) for name, one in tensors.items()}
+    held = [dict(zip(by_tensor, of_rank, strict=True)) for of_rank in zip(*by_tensor.values(), strict=True)]
+    # Ranks with the same data follow one another on a mesh.
+    same = len(held) // layout.grid.world
+    able = {name: [rank for rank in range(len(held)) if layout.works(rank // same, name)] for name in layers}
+    return Routes(_travelling(layers, tensors), held, _preconditioning(layers, layout.costing, able, len(held)))
 
 
 def exchanging(ranks: Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
@@ -211,6 +228,32 @@ def exchanging(ranks: Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
         if all(set(several) >= set(one) for one in (ranks, *meshes)):
             return several
     return list(range(dist.get_world_size()))
+
+
+def _by_place(tensor: Tensor, ranks: Sequence[int]) -> list[Region]:
+    """What each of these ranks has of a tensor; those that are not on its mesh have what those on one like it have."""
+    if not is_sharded(tensor):
+        return [Region.whole(tensor.shape)] * len(ranks)
+    known = regions_by_rank(tensor)
+    others = list(known.values())
+    return [known.get(rank, others[place % len(others)]) for place, rank in enumerate(ranks)]
+
+
+def _preconditioning(
+    layers: Mapping[str, Layer], costing: Costing, able: Mapping[str, Sequence[int]], ranks: int
+) -> dict[str, int]:
+    """The rank that preconditions each layer, of those that have its inverse."""
+    return longest_first(
+        {name: float(update_flops(layer, costing)) for name, layer in layers.items()}, ranks, among=able
+    )
+
+
+def _travelling(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> dict[str, Travelling]:
+    return {
+        parameter: Travelling(name, tuple(tensors[parameter].shape), tensors[parameter].dtype)
+        for name, layer in layers.items()
+        for parameter in layer.parameters
+    }
 
 
 def _members(group: Group) -> tuple[int, ...]:

@@ -112,6 +112,12 @@ def regions_by_rank(tensor: Any) -> dict[int, Region]:
     }
 
 
+def rows_of(shape: Sequence[int], ranks: int) -> list[Region]:
+    """What each of so many ranks has where a tensor is cut along its first dimension."""
+    rest = Region.whole(shape[1:]).where
+    return [Region((_cut(range(shape[0]), [(ranks, rank, 1)]), *rest)) for rank in range(ranks)]
+
+
 def missing_entries(shape: Sequence[int], regions: Mapping[Any, Region]) -> int:
     """How many entries of a tensor no rank has; none of them twice, since ranks have the same places or others."""
     return prod(shape) - sum(prod(map(len, where)) for where in {region.where for region in regions.values()})
