@@ -18,7 +18,7 @@ from .layers.layer import Layer
 from .layers.shards import check_placements, local, whole, write_into
 from .sharing import Shared
 from .statistics import statistic_dtype
-from .trust_region import LayerUpdate, TrustRegion
+from .trust_region import LayerUpdate, TrustRegion, measures_layers
 
 
 def gradients_of(layer: Layer) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ def _parted(
     layers: Mapping[str, Layer], names: Sequence[str], shared: Shared, trust_region: TrustRegion | None
 ) -> list[str]:
     """The layers of which ranks have parts, and that one rank preconditions for all."""
-    if not getattr(trust_region, "by_layer", trust_region is None):
+    if not measures_layers(trust_region):
         return []
     inverted = [name for name in names if name in shared.factors.inverted]
     return [name for name in inverted if layers[name].sharded]

@@ -91,6 +91,16 @@ class KLClip:
         return nu.clamp(max=1.0)
 
 
+def measures_layers(trust_region: TrustRegion | None) -> bool:
+    """Whether a number of each layer is all that is needed: it says so, and its ``scale`` was not replaced since."""
+    if trust_region is None:
+        return True
+    classes = [vars(one) for one in type(trust_region).__mro__]
+    scaling = next((place for place, names in enumerate(classes) if "scale" in names), 0)
+    measured = any("measure" in names or "factors" in names for names in classes[: scaling + 1])
+    return bool(getattr(trust_region, "by_layer", False)) and measured
+
+
 def as_trust_region(value: object) -> TrustRegion | None:
     """A trust region, or None for none, from what a user passes for it.
 
