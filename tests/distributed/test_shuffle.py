@@ -23,6 +23,7 @@ from kfac_cond.distributed.shuffle import Shuffles
 from kfac_cond.layers.regions import region_here
 from kfac_cond.layers.survey import survey
 
+from ..layers.test_regions import as_torch_cuts
 from ..reference import assert_same
 from . import cases
 from .spawn import run
@@ -30,7 +31,7 @@ from .spawn import run
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 if dist.is_available():
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
     #: Placements on a mesh of two by two.
@@ -98,10 +99,8 @@ def laid_out(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
         index, size = mesh.get_coordinate()[place], mesh.size(place)
         share = 1.0 if placements[place].reduce_op == "avg" else 1 / size
         tensor = tensor * share * (0.5 + index)
-    # In memory of its own, since it is written into.
-    tensor = tensor.clone()
     there = [Replicate() if place in addends else one for place, one in enumerate(placements)]
-    part = distribute_tensor(tensor, mesh, there, src_data_rank=None).to_local()
+    part = as_torch_cuts(tensor, tuple(mesh.mesh.shape), mesh.get_coordinate(), there).clone()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
