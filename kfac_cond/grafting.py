@@ -54,7 +54,16 @@ class Graft:
 
     def scale(self, updates: Sequence[LayerUpdate]) -> list[Tensor]:
         """|m| / |u| of each layer; 1 where its update is zero."""
-        return [self._factor(one) for one in updates]
+        return self.factors([self.measure(one) for one in updates])
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a layer's factor is made where its update is; averages of entries are kept on every rank."""
+        return self.magnitude == "sgd"
+
+    def factors(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """What was measured of each layer is its factor."""
+        return list(numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by layer."""
@@ -74,7 +83,8 @@ class Graft:
             str(name): (entry["squares"].clone(), entry["weight"].clone()) for name, entry in saved["layers"].items()
         }
 
-    def _factor(self, one: LayerUpdate) -> Tensor:
+    def measure(self, one: LayerUpdate) -> Tensor:
+        """|m| / |u| of a layer, 0-d; 1 where its update is zero."""
         wanted = torch.linalg.vector_norm(self._magnitude(one))
         has = torch.linalg.vector_norm(one.update)
         return torch.where(has > 0, wanted / torch.where(has > 0, has, 1), 1)

@@ -18,7 +18,7 @@ from .damping import Damping, DampingNow, as_damping
 from .data import Data
 from .distributed import Plan, PlanTable, StaticGraph
 from .errors import ArgumentError, AttachError, NotReadyError
-from .gradients import gradients_of, mean_scale, trust_region_scale, updates_of, write
+from .gradients import gradients_of, mean_scale, precondition
 from .guards import without_autocast
 from .heads import Distribution
 from .intake import Intake, When
@@ -378,11 +378,8 @@ class KFAC:
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
-            updates = updates_of(self.layers, names, gradients, self._shared, rates)
-            scale = None
-            if updates and self.trust_region is not None:
-                scale = self._scale = trust_region_scale(self.trust_region, updates, grad_scale)
-            write(self.layers, gradients, updates, scale)
+            scale = precondition(self.layers, names, gradients, self._shared, rates, self.trust_region, grad_scale)
+            self._scale = self._scale if scale is None else scale
         return True
 
     def advance(self, skipped: Tensor | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from .checks import described
 from .costs import Costing
 from .damping import DampingNow, Rule
-from .distributed import EVERY, Plan, PlanTable, Ranks
+from .distributed import EVERY, Plan, PlanTable, Ranks, is_initialised
 from .errors import ArgumentError, RankError
 from .factors import Factors
 from .layers.layer import Layer
@@ -127,8 +127,10 @@ class Shared:
 
     def table(self, world: int | None) -> PlanTable:
         """The plan in numbers, for so many ranks, or for those there are."""
-        world = self.plan.world(self._cuts) if world is None else world
-        return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every)
+        group = self.plan.group(self._cuts) if is_initialised() else None
+        if world is None:
+            world = 1 if group is None else group.size
+        return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every, group=group)
 
     def _assign(self) -> None:
         if self._ranks is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class TrustRegion(Protocol):
 
     One with a state between steps has ``state_dict`` and ``load_state_dict`` as well, and is saved with the KFAC; one
     that does not look at learning rates says so with ``needs_rate = False``.
+
+    One that needs no more than a number of each layer says so with ``by_layer = True``, and has ``measure(update)`` for
+    that number, 0-d, and ``factors(numbers)`` for what ``scale`` gives: then no rank has the updates of all layers of a
+    sharded model. Without it they are brought together on every rank.
     """
 
     def scale(self, updates: Sequence[LayerUpdate]) -> Tensor | Sequence[Tensor]:
@@ -60,6 +64,7 @@ class KLClip:
     """
 
     max_kl: float = 1e-3
+    by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.max_kl) and self.max_kl > 0):
@@ -67,10 +72,17 @@ class KLClip:
 
     def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
         """nu, 0-d."""
+        return self.factors([self.measure(one) for one in updates])
+
+    def measure(self, update: LayerUpdate) -> Tensor:
+        """rate^2 u^T g of a layer, 0-d."""
+        # A rate may be a tensor of one entry and any shape.
+        return ((update.update * update.gradient).sum() * update.rate**2).reshape(())
+
+    def factors(self, numbers: Sequence[Tensor]) -> Tensor:
+        """nu, 0-d, from what was measured of all layers."""
         total: Tensor | None = None
-        for one in updates:
-            # A rate may be a tensor of one entry and any shape.
-            product = ((one.update * one.gradient).sum() * one.rate**2).reshape(())
+        for product in numbers:
             total = product if total is None else total + product.to(total.device)
         if total is None:
             return torch.ones(())
@@ -130,6 +142,16 @@ class InOrder:
         for load, part in zip(loads, parts, strict=True):
             if load is not None:
                 load(part)
+
+
+def measures_layers(trust_region: TrustRegion | None) -> bool:
+    """Whether a number of each layer is all that is needed: it says so, and its ``scale`` was not replaced since."""
+    if trust_region is None:
+        return True
+    classes = [vars(one) for one in type(trust_region).__mro__]
+    scaling = next((place for place, names in enumerate(classes) if "scale" in names), 0)
+    measured = any("measure" in names or "factors" in names for names in classes[: scaling + 1])
+    return bool(getattr(trust_region, "by_layer", False)) and measured
 
 
 def as_trust_region(value: object) -> TrustRegion | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.trust_region import LayerUpdate
+from kfac_cond.trust_region import LayerUpdate, measures_layers
 
 from .reference import assert_same
 from .training import HostReads, batches, network, train
@@ -170,3 +170,34 @@ def test_any_object_with_scale_is_a_trust_region():
 
     half = Half()
     assert kc.KFAC(network(), "categorical", trust_region=half).trust_region is half
+
+
+class Halving(kc.KLClip):
+    def scale(self, updates):
+        return 0.5 * super().scale(updates)
+
+
+class Doubling(kc.KLClip):
+    def factors(self, numbers):
+        return 2 * super().factors(numbers)
+
+
+class OfItsOwn:
+    def scale(self, updates):
+        return torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("trust_region", "expected"),
+    [
+        (None, True),
+        (kc.KLClip(1e-3), True),
+        (kc.Graft("sgd"), True),
+        (kc.Graft("adam"), False),
+        (Halving(1e-3), False),
+        (Doubling(1e-3), True),
+        (OfItsOwn(), False),
+    ],
+)
+def test_a_number_of_each_layer_is_enough_where_scale_is_made_of_them(trust_region, expected):
+    assert measures_layers(trust_region) is expected

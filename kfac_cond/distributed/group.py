@@ -85,6 +85,14 @@ class Group:
         with reached_by_all(what):
             return Started(dist.broadcast(buffer, self._named(of), group=self.group, async_op=True), what)
 
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int], what: str
+    ) -> Started:
+        """Give each rank its stretch of a buffer, and take the stretches of all ranks; sizes are by rank."""
+        with reached_by_all(what):
+            work = dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group, async_op=True)
+            return Started(work, what)
+
     def objects(self, mine: Any, what: str) -> list[Any]:
         """The picklable objects of all ranks, in their order."""
         found: list[Any] = [None] * self.size

@@ -13,7 +13,7 @@ from ..layers.layer import Layer
 from ..statistics import statistic_dtype
 from .packing import basis_pieces, inverse_pieces, sum_pieces
 
-Kind = Literal["all_reduce", "reduce", "broadcast"]
+Kind = Literal["all_reduce", "reduce", "broadcast", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,24 @@ class Grid:
         return list(range(first, first + self.columns))
 
 
-def longest_first(costs: Mapping[str, float], bins: int) -> dict[str, int]:
+def longest_first(
+    costs: Mapping[str, float], bins: int, *, among: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, int]:
     """Each job to the bin with the least load, the longest job first: at most 4/3 of the best makespan.
 
     Ties go to the earlier job and the lower bin, so that every rank finds the same.
+
+    Args:
+        costs: of the jobs.
+        bins: their number.
+        among: the bins that each job may go to, in order; None for all.
 
     Source: Graham 1969 (Bounds on multiprocessing timing anomalies).
     """
     loads = [0.0] * bins
     found = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
-        found[name] = min(range(bins), key=loads.__getitem__)
+        found[name] = min(range(bins) if among is None else among[name], key=loads.__getitem__)
         loads[found[name]] += costs[name]
     return {name: found[name] for name in costs}
 
@@ -117,17 +124,21 @@ class Message:
 
     Args:
         kind: of it.
-        nbytes: of the tensor that is handed to it.
+        nbytes: of the tensor that is handed to it; to all_to_all each rank hands one of its own, and it is their sum.
         ranks: how many take part.
+        stays: of these bytes those that are for the rank itself.
     """
 
     kind: Kind
     nbytes: int
     ranks: int
+    stays: int = 0
 
     @property
     def sent(self) -> float:
         """Bytes that a rank sends on average, by a ring: no algorithm sends less in all."""
+        if self.kind == "all_to_all":
+            return (self.nbytes - self.stays) / self.ranks
         once = self.nbytes * (self.ranks - 1) / self.ranks
         return 2 * once if self.kind == "all_reduce" else once
 
@@ -252,8 +263,9 @@ class Layout:
         return [name for name, layer in self.layers.items() if layer.turns == turns]
 
     def step_messages(self) -> list[Message]:
-        """Those of a step, alike for all rows."""
-        return _messages(self.results(self.layers, 0), "broadcast", self.grid.columns)
+        """Those of a step for layers that all ranks have the gradients of, alike for all rows."""
+        names = [name for name, layer in self.layers.items() if not layer.sharded]
+        return _messages(self.results(names, 0), "broadcast", self.grid.columns)
 
     def _stretches(
         self, names: Iterable[str], root: Callable[[str], int | None], numel: Callable[[str], int]

@@ -16,13 +16,14 @@ from ..costs import Costing, basis_bytes, factor_bytes, inverse_bytes, refresh_f
 from ..damping import Rule
 from ..errors import ArgumentError
 from ..layers.layer import Layer
-from ..layers.shards import Cut
+from ..layers.shards import Cut, cuts_of
 from ..layers.survey import survey
 from ..tables import in_bytes, in_flops, table
 from .group import Group, is_initialised
 from .layout import Grid, Layout, Message
 from .meshes import refuse_same_data, with_different_data
 from .ranks import Ranks
+from .shuffle import planned
 
 EVERY = 100
 """Steps between two refreshes where a schedule does not say a number."""
@@ -144,14 +145,17 @@ class Plan:
         """
         check_module(model)
         found = survey(model, checked_rules(rules), training=structure)
-        return self.table(found.layers, Costing(rule, 1, structure), world=world, every=every)
+        group = self.group(cuts_of(model)) if is_initialised() else None
+        return self.table(found.layers, Costing(rule, 1, structure), world=world, every=every, group=group)
 
-    def table(self, layers: Mapping[str, Layer], costing: Costing, *, world: int, every: int) -> PlanTable:
-        """The table for these layers."""
+    def table(
+        self, layers: Mapping[str, Layer], costing: Costing, *, world: int, every: int, group: Group | None = None
+    ) -> PlanTable:
+        """The table for these layers; of the ranks of ``group``, where it is for so many."""
         if not is_size(world):
             raise ArgumentError(f"world={world!r}: expected a number of ranks >= 1")
         layout = Layout.of(layers, Grid.of(world, self.fraction), costing, every=every)
-        return PlanTable(self, layout)
+        return PlanTable(self, layout, group if group is not None and group.size == world else None)
 
 
 @dataclass(frozen=True)
@@ -216,10 +220,13 @@ class PlanTable:
     Args:
         plan: that it is of.
         layout: of some layers on some ranks.
+        group: these ranks; None for ranks that are not there.
     """
 
-    def __init__(self, plan: Plan, layout: Layout) -> None:
+    def __init__(self, plan: Plan, layout: Layout, group: Group | None = None) -> None:
         self.plan, self.layout = plan, layout
+        #: How gradients of which each rank has a part travel; None where there are none.
+        self._routes = planned(layout, group)
 
     @property
     def owners(self) -> dict[str, int]:
@@ -250,6 +257,7 @@ class PlanTable:
         capture, step = (_sent(messages) for messages in (self.capture_messages, self.step_messages))
         rescaled = [_sent(self.layout.rescale_messages(column)) for column in range(self.layout.grid.columns)]
         columns = [self._column(column) for column in range(self.layout.grid.columns)]
+        parted = self._parted()
         owned: dict[int, list[LayerPlan]] = {}
         for row in self.layers:
             owned.setdefault(row.owner, []).append(row)
@@ -266,9 +274,9 @@ class PlanTable:
                     everything if self.layout.replicated else sum(row.factor_bytes for row in mine),
                     inverses,
                     flops,
-                    updates,
+                    updates + parted[rank],
                     self._ms(flops, refresh),
-                    self._ms(updates, step),
+                    self._ms(updates + parted[rank], step),
                     capture + rescaled[self.layout.grid.column(rank)],
                     refresh,
                     step,
@@ -284,7 +292,7 @@ class PlanTable:
     @property
     def step_messages(self) -> list[Message]:
         """The collectives of a step that preconditions all layers, as each rank sees them."""
-        return self.layout.step_messages()
+        return self.layout.step_messages() + (self._routes.messages() if self._routes is not None else [])
 
     def refresh_messages(self, rank: int) -> list[Message]:
         """The collectives of a refresh that a rank takes part in, where nothing fails."""
@@ -348,12 +356,23 @@ class PlanTable:
         return "\n".join((f"{said}; strategy {self.plan.strategy!r}", "", layers, "", ranks))
 
     def _column(self, column: int) -> tuple[int, int, int]:
-        """Of each rank of a column: bytes of its inverses, operations of its steps, bytes sent for a refresh."""
+        """Of each rank of a column: bytes of its inverses, operations of a step that all do, bytes for a refresh."""
         grid = self.layout.grid
         mine = [row for row in self.layers if grid.column(row.owner) == column]
-        inverses, updates = sum(row.inverse_bytes for row in mine), sum(row.update_flops for row in mine)
+        inverses = sum(row.inverse_bytes for row in mine)
         bases = sum(basis_bytes(self.layout.layers[row.name]) for row in self.layers if row not in mine)
+        updates = sum(row.update_flops for row in mine if self._routes is None or row.name not in self._routes.to)
         return inverses + bases, updates, _sent(self.layout.refresh_messages(column))
+
+    def _parted(self) -> list[int]:
+        """Operations of the steps of each rank for the layers that one rank preconditions for all."""
+        found = [0] * self.layout.grid.world
+        routes = self._routes
+        for row in self.layers:
+            if routes is not None and row.name in routes.to:
+                # Ranks with the same data follow one another.
+                found[routes.to[row.name] * len(found) // routes.ranks] += row.update_flops
+        return found
 
     def _ms(self, flops: int, nbytes: int) -> float:
         return 1e3 * (flops / self.plan.flops + nbytes / self.plan.bandwidth)

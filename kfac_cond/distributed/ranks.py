@@ -21,6 +21,7 @@ from .group import Group
 from .layout import Grid, Layout, Stretches
 from .packing import Piece, basis_pieces, inverse_of, inverse_pieces, inverse_type
 from .reduce import Captured, Reduction
+from .shuffle import Shuffle, Shuffles
 
 _WANTING = 16
 """What is added to the code of a rung where the layer was found unsettled."""
@@ -57,6 +58,7 @@ class Ranks:
         between = 1 < grid.workers < grid.world
         self._row = group.part(grid.ranks_of_row(rank)) if between else group
         self._column = group.part(grid.ranks_of_column(grid.column(rank))) if between else group
+        self._shuffles = Shuffles(group)
 
     @property
     def rank(self) -> int:
@@ -77,6 +79,7 @@ class Ranks:
             every: steps between two refreshes.
         """
         self.layout = Layout.of(layers, self.grid, costing, every=every)
+        self._shuffles.clear()
 
     def owned(self) -> list[str]:
         """The layers that this rank owns."""
@@ -286,6 +289,16 @@ class Ranks:
             what="the preconditioned gradients from their owners",
         )
         return {name: mine.get(name, flat[name].reshape(layouts[name].matrix_shape)) for name in names}
+
+    def shuffle(self, names: Sequence[str], gradients: Mapping[str, Mapping[str, Tensor]]) -> Shuffle:
+        """How the gradients of these layers, of which each rank has a part, get to where they are preconditioned.
+
+        Args:
+            names: of layers that have an inverse on some rank; the same on all.
+            gradients: by layer and parameter, those that there are here.
+        """
+        layers = {name: self.layout.layers[name] for name in names}
+        return self._shuffles.of(layers, gradients, self.layout.costing, self.worked())
 
     # -- everything, on all -------------------------------------------------------------------------------------------
 

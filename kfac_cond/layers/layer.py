@@ -12,7 +12,7 @@ from ..linalg.moments import second_moment, second_moment_diagonal
 from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
-from .shards import local
+from .shards import is_sharded, local
 from .sharing import Moment
 from .summed import EigenSquares, GradientMoments, GradientSquares, GradientSums
 
@@ -129,6 +129,11 @@ class Layer:
     def like(self) -> Tensor:
         """One of its parameters, frozen or not, for where it is and its dtype; of a sharded one the part here."""
         return local(self.held[0])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks have parts of what trains of it, as DTensors."""
+        return any(map(is_sharded, self.parameters.values()))
 
     @property
     def _held(self) -> dict[str, nn.Parameter]:

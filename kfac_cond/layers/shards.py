@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ArgumentError
+from .regions import region_here
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -127,35 +127,27 @@ def brought_together(given: Any) -> Any:
 
 
 def check_placements(name: str, gradient: Tensor) -> None:
-    """Refuse a gradient that cannot be written back part by part.
+    """Refuse a gradient that is a part of something else than a sum or a mean.
 
     Raises:
-        ArgumentError: it has placements other than shards, repetitions, and parts of a sum.
+        ArgumentError: it has such placements.
     """
     if is_sharded(gradient):
         placements = gradient.placements  # type: ignore[attr-defined]
-        known = (Shard, _StridedShard, Replicate)
-        if not all(isinstance(one, known) or one.is_partial("sum") for one in placements):
+        if not all(type(one) is Partial and one.reduce_op in ("sum", "avg") for one in placements if one.is_partial()):
             raise ArgumentError(
-                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected Shard(dim), "
-                f"Replicate() and Partial('sum') alone, as fully_shard and parallelize_module give them. Exclude the "
-                f"layer that it is of with a rule, or bring the gradient together before the step."
+                f"the gradient of '{name}' is a DTensor with placements {tuple(placements)}: expected shards, "
+                f"repetitions, and parts of a sum or of a mean. Exclude the layer that it is of with a rule, or bring "
+                f"the gradient together before the step."
             )
 
 
 def write_into(gradient: Tensor, new: Tensor) -> None:
     """Write a whole tensor, the same on all ranks, into a gradient: into a DTensor the part that is here."""
     if is_sharded(gradient):
-        mesh, placements = gradient.device_mesh, gradient.placements  # type: ignore[attr-defined]
-        sums = [one.is_partial() for one in placements]
-        # Each rank has all of it: nothing is sent. Of a sum the first rank has all, and the others nothing.
-        repeated = DTensor.from_local(new.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        kept = [Replicate() if summed else one for summed, one in zip(sums, placements, strict=True)]
-        new = repeated.redistribute(placements=kept).to_local()
-        if any(summed and place for summed, place in zip(sums, mesh.get_coordinate(), strict=True)):
-            new = new.new_zeros(()).expand_as(new)
-        gradient = gradient.to_local()  # type: ignore[attr-defined]
-    gradient.copy_(new)
+        region = region_here(gradient)
+        new = gradient.to_local() if region is None else region.of(new)  # type: ignore[attr-defined]
+    local(gradient).copy_(new)
 
 
 def hold_shards(model: nn.Module) -> None:

@@ -125,7 +125,7 @@ def stepped_whole(rank: int) -> dict[str, torch.Tensor]:
 
 
 def refused(rank: int) -> dict[str, str]:
-    """What is said of what is not covered: FSDP1, a gradient that is a part of a mean, products."""
+    """What is said of what is not covered: FSDP1, a gradient that is a part of a maximum, products."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Partial
 
@@ -133,7 +133,7 @@ def refused(rank: int) -> dict[str, str]:
     own = Run(CASES["mixed"], "blocks")
     own.gradients(0, rank)
     weight = own.model.out.weight
-    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial("avg")])
+    weight.grad = DTensor.from_local(torch.ones(3, 4), weight.device_mesh, [Partial("max")])
     before = own.model.inner.weight.grad.to_local().clone()
     try:
         own.optimizer.step()
@@ -236,7 +236,7 @@ def test_the_table_says_how_a_sharded_parameter_is_covered():
     assert rows["scale"].startswith("universal form")
 
 
-def test_a_gradient_that_is_part_of_a_mean_is_refused_before_anything_is_written():
+def test_a_gradient_that_is_part_of_a_maximum_is_refused_before_anything_is_written():
     for result in results():
         assert "the gradient of 'out.weight' is a DTensor with placements" in result["refused"]["partial"]
         assert result["refused"]["unchanged"]
