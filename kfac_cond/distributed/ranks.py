@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..costs import Costing
 from ..damping import Rule
-from ..errors import RankError
+from ..errors import KFACError, RankError
 from ..layers.layer import Layer
 from ..linalg.ladder import Rung
 from ..structures import Block
@@ -174,7 +175,7 @@ class Ranks:
         pieces = inverse_pieces(layer, rule)
         parts = torch.split(flat, [piece.numel for piece in pieces.values()])
         tensors = {key: piece.unpacked(part) for (key, piece), part in zip(pieces.items(), parts, strict=True)}
-        return inverse_of(layer, rule, {key: one.to(layer.like.device) for key, one in tensors.items()})
+        return inverse_of(layer, rule, {key: one.to(layer.device) for key, one in tensors.items()})
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -200,6 +201,31 @@ class Ranks:
         )
         return {name: mine.get(name, flat[name].reshape(layouts[name].matrix_shape)) for name in names}
 
+    # -- by itself, on each ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def alike(self, what: str) -> Iterator[None]:
+        """What each rank does by itself, on all of them or on none: an error of one is an error of all, at its end.
+
+        Args:
+            what: is done, in messages.
+
+        Raises:
+            RankError: another rank met an error, or did not take part.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except KFACError as error:
+            # Said before it is raised: the others would go on without this rank.
+            self.group.objects(str(error), what)
+            raise
+        for rank, error in enumerate(self.group.objects(None, what)):
+            if error is not None:
+                raise RankError(f"rank {rank} refused {what}, which is then taken over by none: {error}")
+
     # -- everything, on all -------------------------------------------------------------------------------------------
 
     def union(self, mine: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -216,7 +242,7 @@ class Ranks:
     @property
     def _device(self) -> torch.device:
         """Where buffers are."""
-        return next(iter(self.layout.layers.values())).like.device
+        return next(iter(self.layout.layers.values())).device
 
 
 def _flat(block: Block, pieces: Mapping[str, Piece]) -> Tensor:

@@ -121,7 +121,7 @@ class Reduction:
         """A layer's numbers; zeros where it was not used here."""
         pieces = sum_pieces(layer, self._layout.costing.heads)
         if sums is None:
-            return [layer.like.new_zeros(sum(piece.numel for piece in pieces), dtype=torch.float32)]
+            return [torch.zeros(sum(piece.numel for piece in pieces), dtype=torch.float32, device=layer.device)]
         return packed_sums(layer, pieces, sums)
 
     def _counted(self) -> Tensor:
@@ -155,7 +155,7 @@ class Reduction:
         layer, pieces = self._layout.layers[name], self._pieces(name)
         parts = torch.split(flat, [piece.numel for piece in pieces])
         sums = unpacked_sums(layer, pieces, parts, count)
-        device = layer.like.device
+        device = layer.device
         return LayerSums(sums.A.to(device), count.to(device), sums.G.to(device))
 
     def _named(self, counts: Mapping[str, Tensor]) -> set[str]:

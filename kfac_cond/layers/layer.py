@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelChangedError
@@ -12,7 +13,7 @@ from ..linalg.moments import second_moment, second_moment_diagonal
 from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
-from .shards import local
+from .shards import device_of, local
 from .sharing import Moment
 from .summed import EigenSquares, GradientMoments, GradientSquares, GradientSums
 
@@ -124,6 +125,11 @@ class Layer:
     def like(self) -> Tensor:
         """One of its parameters, frozen or not, for where it is and its dtype; of a sharded one the part here."""
         return local(self.held[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where what is known of it is; an offloaded parameter is elsewhere between calls."""
+        return device_of(self.held[0])
 
     @property
     def _held(self) -> dict[str, nn.Parameter]:

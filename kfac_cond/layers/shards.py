@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -46,9 +47,16 @@ def local(x: Tensor) -> Tensor:
     return x.detach().to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
+def device_of(x: Tensor) -> torch.device:
+    """Where a layer with this parameter computes; an offloaded shard is on the CPU, and on its mesh's device in calls."""
+    if is_sharded(x) and local(x).device.type == "cpu":
+        return torch.device(x.device_mesh.device_type)  # type: ignore[attr-defined]
+    return x.device
+
+
 def whole(x: Tensor) -> Tensor:
-    """A plain tensor itself; a DTensor brought together, which all ranks of its mesh call."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+    """A plain tensor itself; a DTensor brought together where its mesh is, which all ranks of that call."""
+    return x.to(device_of(x)).full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def check_placements(name: str, gradient: Tensor) -> None:
