@@ -1,4 +1,4 @@
-"""Options of ``fully_shard`` and what is done with its models: precision, offload, clipping, checkpointing, compiling."""
+"""Options of ``fully_shard``: precision, offload, clipping, activation checkpointing, compiled blocks, estimates."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def refreshed() -> kc.KFAC:
 def test_what_is_loaded_is_where_a_layer_computes():
     """The meta device for a GPU, where a parameter is on the CPU between calls."""
     kfac, state = build(network())[0], refreshed().state_dict()
-    with mock.patch.object(layers, "device_of", lambda x: torch.device("meta")):
+    with mock.patch.object(layers, "device_of", return_value=torch.device("meta")):
         kfac.load_state_dict(state)
     for name in kfac.layers:
         assert all(one.device.type == "meta" for one in kfac._shared.factors.average.factors(name))
