@@ -48,7 +48,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def device_of(x: Tensor) -> torch.device:
-    """Where a layer with this parameter computes; an offloaded shard is on the CPU, and on its mesh's device in calls."""
+    """Where a layer with this parameter computes: of a shard that is offloaded to the CPU, the device of its mesh."""
     if is_sharded(x) and local(x).device.type == "cpu":
         return torch.device(x.device_mesh.device_type)  # type: ignore[attr-defined]
     return x.device

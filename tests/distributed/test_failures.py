@@ -263,7 +263,7 @@ def refused(rank: int, world: int, spoiled: str, ranks: list[int]) -> tuple[str,
 @pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["on one rank", "on all"])
 def test_a_state_that_is_refused_is_refused_by_name_on_all_ranks(spoiled, says, ranks):
     for rank, result in enumerate(results()):
-        kind, message, parameters = result[spoiled, *ranks]
+        kind, message, parameters = result[(spoiled, *ranks)]
         assert kind == ("StateError" if rank in ranks else "RankError")
         assert says in message
         assert rank in ranks or "rank 1 refused the state" in message
@@ -319,7 +319,7 @@ def work(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found["full disk"] = full_disk(rank, world, folder)
     for spoiled in SPOILED:
         for ranks in ([1], [0, 1]):
-            found[spoiled, *ranks] = refused(rank, world, spoiled, ranks)
+            found[(spoiled, *ranks)] = refused(rank, world, spoiled, ranks)
     return found
 
 
