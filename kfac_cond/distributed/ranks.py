@@ -222,9 +222,9 @@ class Ranks:
             # Said before it is raised: the others would go on without this rank.
             self.group.objects(str(error), what)
             raise
-        for rank, error in enumerate(self.group.objects(None, what)):
-            if error is not None:
-                raise RankError(f"rank {rank} refused {what}, which is then taken over by none: {error}")
+        for rank, refusal in enumerate(self.group.objects(None, what)):
+            if refusal is not None:
+                raise RankError(f"rank {rank} refused {what}, which is then taken over by none: {refusal}")
 
     # -- everything, on all -------------------------------------------------------------------------------------------
 
