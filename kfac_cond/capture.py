@@ -235,7 +235,7 @@ class Capture:
         self.fired.add(layer.name)
         forward = self.waiting[-1] if self.waiting else self._open(None)
         make = partial(self._activations, layer, module, args, kwargs, output)
-        with torch.no_grad(), without_autocast(layer.like.device):
+        with torch.no_grad(), without_autocast(layer.device):
             if layer.gradient_sums is None:
                 make = partial(_itself, make())
             use = Use(Call([output], (args, kwargs)), module, None, numbers=output.numel())

@@ -191,7 +191,7 @@ class Forward:
 def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool) -> tuple[Tensor, Tensor]:
     """What one call adds to the inputs of an entry, and to their count."""
     if moments and not layer.sums_inputs:
-        zero = layer.like.new_zeros((), dtype=statistic_dtype(layer.like.dtype))
+        zero = torch.zeros((), dtype=statistic_dtype(layer.like.dtype), device=layer.device)
         present = torch.full_like(zero, min(use.numbers, 1))
         return zero, present if use.keep is None else present * use.keep.any()
     a = _weighted(layer, make())

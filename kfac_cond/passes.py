@@ -182,7 +182,7 @@ class Pass:
         return Statistics.restored(state, self.slots, self._devices())
 
     def _devices(self) -> dict[str, torch.device]:
-        return {name: layer.like.device for name, layer in self.layers.items()}
+        return {name: layer.device for name, layer in self.layers.items()}
 
     def _skip(self, number: int, batch: Any, state: Mapping[str, Any]) -> None:
         """Pass over a batch that was taken in before, the last of which must be the one that was."""

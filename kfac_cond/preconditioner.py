@@ -313,7 +313,7 @@ class KFAC:
         )
 
     def load_state_dict(self, saved: Mapping[str, Any], *, strict: bool = True) -> state.Unmatched:
-        """Take over a state of the same model; tensors go where the model is.
+        """Take over a state of the same model; tensors go where the model is. All ranks of a run call it.
 
         Args:
             saved: what ``state_dict`` gave.
@@ -324,12 +324,14 @@ class KFAC:
 
         Raises:
             StateError: another format, other shapes, or other layers where ``strict``; nothing is changed then.
+            RankError: another rank refused its state, or did not take part.
         """
-        functional = state.functional_of(saved)
-        layers = self._wrapped.now(functional).layers
-        slots, patience = self._intake.slots, self.schedule.patience
-        loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=self._shared.ranks(), strict=strict)
-        state.load_trust_region(saved, self.trust_region)
+        ranks, slots, patience = self._shared.ranks(), self._intake.slots, self.schedule.patience
+        with ranks.alike("the state"):
+            functional = state.functional_of(saved)
+            layers = self._wrapped.now(functional).layers
+            loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=ranks, strict=strict)
+            state.load_trust_region(saved, self.trust_region)
         self._wrapped.look_again(functional)
         self._intake.watch(self.layers)
         self._shared.load(loaded)
@@ -373,8 +375,7 @@ class KFAC:
         gradients = {name: found for name in names if (found := gradients_of(self.layers[name]))}
         if not gradients:
             return False
-        first = next(iter(next(iter(gradients.values())).values()))
-        with without_autocast(first.device):
+        with without_autocast(self.layers[next(iter(gradients))].device):
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)

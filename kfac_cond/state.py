@@ -328,7 +328,7 @@ def _placed(name: str, layer: Layer, tensors: Mapping[str, Tensor], slots: Slots
     With ``slots`` G is that of sums and averages, which has a slot for each head.
     """
     heads = () if slots is None else (len(slots),)
-    device, dtype = layer.like.device, statistic_dtype(layer.like.dtype)
+    device, dtype = layer.device, statistic_dtype(layer.like.dtype)
     of_A, of_G = layer.layout.side_shapes(layer.max_factor_dim) if slots is None else layer.sum_shapes
     shapes = {
         "A": of_A,

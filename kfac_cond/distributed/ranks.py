@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..costs import Costing
 from ..damping import Rule
-from ..errors import RankError
+from ..errors import KFACError, RankError
 from ..layers.layer import Layer
 from ..layers.summed import Bases
 from ..linalg.ladder import Rung
@@ -256,7 +257,7 @@ class Ranks:
             what=what,
         )
         return {
-            name: _tensors(one, pieces[name], self.layout.layers[name].like.device)
+            name: _tensors(one, pieces[name], self.layout.layers[name].device)
             for name, one in flat.items()
             if name not in owned
         }
@@ -300,6 +301,31 @@ class Ranks:
         layers = {name: self.layout.layers[name] for name in names}
         return self._shuffles.of(layers, gradients, self.layout.costing, self.worked())
 
+    # -- by itself, on each ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def alike(self, what: str) -> Iterator[None]:
+        """What each rank does by itself, on all of them or on none: an error of one is an error of all, at its end.
+
+        Args:
+            what: is done, in messages.
+
+        Raises:
+            RankError: another rank met an error, or did not take part.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except KFACError as error:
+            # Said before it is raised: the others would go on without this rank.
+            self.group.objects(str(error), what)
+            raise
+        for rank, refusal in enumerate(self.group.objects(None, what)):
+            if refusal is not None:
+                raise RankError(f"rank {rank} refused {what}, which is then taken over by none: {refusal}")
+
     # -- everything, on all -------------------------------------------------------------------------------------------
 
     def union(self, mine: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -316,7 +342,7 @@ class Ranks:
     @property
     def _device(self) -> torch.device:
         """Where buffers are."""
-        return next(iter(self.layout.layers.values())).like.device
+        return next(iter(self.layout.layers.values())).device
 
 
 def _flat(tensors: Mapping[str, Tensor | None], pieces: Mapping[str, Piece]) -> Tensor:

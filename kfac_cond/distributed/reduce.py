@@ -101,9 +101,7 @@ class Reduction:
         """The buffer of one dtype, zero where a layer was not used here, or this rank's capture is not finite."""
         statistics = self.captured.statistics
         first = stretches[0].names[0]
-        device = (
-            statistics.layers[first].A.device if first in statistics.layers else self._layout.layers[first].like.device
-        )
+        device = statistics.layers[first].A.device if first in statistics.layers else self._layout.layers[first].device
         buffer = torch.zeros(sum(one.numel for one in stretches), dtype=dtype, device=device)
         for one, place in zip(stretches, offsets(stretches), strict=True):
             # Into their places: parts that are brought together afterwards would be a second buffer.
@@ -152,7 +150,7 @@ class Reduction:
         layer, pieces = self._layout.layers[name], self._pieces(name)
         parts = torch.split(flat, [piece.numel for piece in pieces])
         sums = unpacked_sums(layer, pieces, parts, count)
-        device = layer.like.device
+        device = layer.device
         return LayerSums(sums.A.to(device), count.to(device), sums.G.to(device))
 
     def _named(self, counts: Mapping[str, Tensor]) -> set[str]:

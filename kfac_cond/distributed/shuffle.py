@@ -17,7 +17,7 @@ from ..costs import Costing, update_flops
 from ..errors import ArgumentError
 from ..layers.layer import Layer
 from ..layers.regions import Region, missing_entries, region_here, regions_by_rank, rows_of
-from ..layers.shards import is_sharded, local
+from ..layers.shards import device_of, is_sharded, local
 from ..statistics import count_dtype
 from .group import Group
 from .layout import Layout, longest_first
@@ -181,7 +181,8 @@ class Shuffles:
         _check(travelling, found)
         able = {name: [rank for rank, one in enumerate(found) if name in one["works"]] for name in layers}
         to = _preconditioning(layers, costing, able, group.size)
-        return Shuffle(Routes(travelling, [one["held"] for one in found], to), group, _device(tensors))
+        device = device_of(next(one for one in tensors.values() if is_sharded(one)))
+        return Shuffle(Routes(travelling, [one["held"] for one in found], to), group, device)
 
     def _of_ranks(self, ranks: tuple[int, ...]) -> Group:
         """The group of these ranks: one there is where there is one."""
@@ -285,12 +286,3 @@ def _check(travelling: Mapping[str, Travelling], found: Sequence[Mapping[str, An
                 f"{len(held)} ranks have parts, and there is {said}: expected parts as its placements cut it. Make its "
                 f"sizes multiples of the mesh's, or exclude the layer with rules={{'{one.layer}': dict(exclude=True)}}."
             )
-
-
-def _device(tensors: Mapping[str, Tensor]) -> torch.device:
-    """Where the group works, which is not where parts are that are kept on the CPU."""
-    one = next(one for one in tensors.values() if is_sharded(one))
-    here, kind = local(one).device, one.device_mesh.device_type  # type: ignore[attr-defined]
-    if here.type in (kind, "meta"):
-        return here
-    return torch.device(kind, torch.get_device_module(kind).current_device())

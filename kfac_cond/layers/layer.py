@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelChangedError
@@ -12,7 +13,7 @@ from ..linalg.moments import second_moment, second_moment_diagonal
 from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
-from .shards import is_sharded, local
+from .shards import device_of, is_sharded, local
 from .sharing import Moment
 from .summed import EigenSquares, GradientMoments, GradientSquares, GradientSums
 
@@ -134,6 +135,11 @@ class Layer:
     def sharded(self) -> bool:
         """Whether ranks have parts of what trains of it, as DTensors."""
         return any(map(is_sharded, self.parameters.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where what is known of it is; an offloaded parameter is elsewhere between calls."""
+        return device_of(self.held[0])
 
     @property
     def _held(self) -> dict[str, nn.Parameter]:

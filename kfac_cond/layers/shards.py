@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -114,9 +115,16 @@ def local(x: Tensor) -> Tensor:
     return x.detach().to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
+def device_of(x: Tensor) -> torch.device:
+    """Where a layer with this parameter computes: of a shard that is offloaded to the CPU, the device of its mesh."""
+    if is_sharded(x) and local(x).device.type == "cpu":
+        return torch.device(x.device_mesh.device_type)  # type: ignore[attr-defined]
+    return x.device
+
+
 def whole(x: Tensor) -> Tensor:
-    """A plain tensor itself; a DTensor brought together, which all ranks of its mesh call."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+    """A plain tensor itself; a DTensor brought together where its mesh is, which all ranks of that call."""
+    return x.to(device_of(x)).full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def brought_together(given: Any) -> Any:

@@ -41,6 +41,25 @@ def run(work: Callable[..., Any], world: int, *args: Any, timeout: float = 40.0)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def ended(work: Callable[..., Any], world: int, *args: Any, timeout: float = 40.0) -> list[Any]:
+    """What ``work`` gave on each rank, None for one that ended without; ranks may raise or be killed, none may hang."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        arguments = (folder, work, world, args, timeout)
+        processes = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+        assert not hanging, f"ranks {hanging} did not end within {LIMIT} s"
+        paths = [Path(folder) / f"{rank}.pt" for rank in range(world)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+
+
 def _rank(rank: int, folder: str, work: Callable[..., Any], world: int, args: tuple[Any, ...], timeout: float) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
