@@ -72,7 +72,7 @@ def update_flops(layer: Layer, costing: Costing) -> int:
     return 2 * each + numbers if costing.rule == "exact" else each
 
 
-def capture_flops(layer: Layer, rows: int, examples: int) -> int:
+def capture_flops(layer: Layer, rows: int, examples: int, saved: int = 0) -> int:
     """Floating-point operations of adding one draw of labels to what is summed of the layer.
 
     Of a layer whose weight gradients are made and squared these come first; the universal form has the one of the
@@ -82,11 +82,12 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
         layer: the layer.
         rows: positions of all examples; examples for 'reduce'.
         examples: of the batch.
+        saved: operations of the outer products of inputs that are not done.
     """
     of_A, of_G = map(prod, _sides(layer))
     numbers = prod(layer.layout.matrix_shape)
     if layer.gradient_sums is None:
-        return 2 * round(rows * layer.fraction) * (of_A + of_G)
+        return 2 * round(rows * layer.fraction) * (of_A + of_G) - saved
     made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
     if isinstance(layer.gradient_sums, EigenSquares):
         # Both moments, both halves of the pairs in the other basis, and the squares.

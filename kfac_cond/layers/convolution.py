@@ -38,6 +38,13 @@ class ConvolutionKind(LayerKind):
         assert isinstance(module, _ConvNd)
         return _patches(module, _batched(module, inputs))
 
+    def moment_flops(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+    ) -> int | None:
+        """Operations of summing the outer products of windows that are not unfolded."""
+        a = self.of_call(module, args, kwargs, dtype)
+        return a.moment_flops if isinstance(a, Patches) else None
+
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """(batch, C, *space) as [batch, positions, C], with [groups] in front where there are any."""
         assert isinstance(module, _ConvNd | _ConvTransposeNd)

@@ -150,7 +150,8 @@ def window_moment(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     for index, pixels, others in _frames(axes):
         count, first = len(pixels), min(pixels)
         frame = torch.stack([x.select(2 + index, pixel) for pixel in pixels.values()], dim=-2).flatten(-2)
-        taken = window_moment(frame, others).unflatten(-1, (count, -1)).unflatten(-3, (count, -1))
+        taken = window_moment(frame, others)
+        taken = taken.reshape(*taken.shape[:-2], count, x.shape[-1], count, x.shape[-1])
         at = moment.narrow(index, first, count).narrow(dims + index, first, count)
         at -= taken.movedim((-4, -2), (index, dims + index))
     return moment
@@ -179,10 +180,12 @@ class _Images:
         """The rows [groups, n * space, channels] of one remainder."""
         if remainders not in self.flat:
             groups, n, *_, channels = self.x.shape
-            every = zip(remainders, self.axes, strict=True)
-            pixels = self.x[(..., *(slice(first, None, axis.stride) for first, axis in every), slice(None))]
+            index: list[slice] = [
+                slice(first, None, axis.stride) for first, axis in zip(remainders, self.axes, strict=True)
+            ]
+            pixels = _at(self.x, 2, index)
             rows = pixels.new_zeros(groups, n, *self.space, channels)
-            rows[(..., *(slice(size) for size in pixels.shape[2:-1]), slice(None))] = pixels
+            _at(rows, 2, [slice(size) for size in pixels.shape[2:-1]]).copy_(pixels)
             self.flat[remainders] = rows.flatten(1, -2)
         return self.flat[remainders]
 
@@ -200,7 +203,11 @@ class _Images:
 
 @lru_cache(maxsize=1024)
 def moment_products(axes: tuple[Axis, ...]) -> tuple[tuple[int, int, int], ...]:
-    """The products of matrices that ``window_moment`` is made of: (number, rows of one example, channels over those of x)."""
+    """The products of matrices that ``window_moment`` is made of.
+
+    Returns:
+        (number of products, rows of one example in each, channels in multiples of those of x), one after another.
+    """
     if not axes:
         return ((1, 1, 1),)
     own = (len(_plan(axes).products), prod(axis.length + axis.gap for axis in axes), 1)
@@ -236,4 +243,10 @@ def _strided(x: Tensor, dim: int, axis: Axis, offset: int) -> Tensor:
     if last < first:
         return x.narrow(dim, 0, 0)
     index = slice(axis.stride * first + offset, axis.stride * last + offset + 1, axis.stride)
-    return x[(*[slice(None)] * dim, index)]
+    return _at(x, dim, [index])
+
+
+def _at(x: Tensor, dim: int, slices: Sequence[slice]) -> Tensor:
+    """A view of some entries along some dimensions, the first of which is given."""
+    index = tuple([slice(None)] * dim + list(slices))
+    return x[index]

@@ -18,10 +18,12 @@ from .products import symmetrise
 
 MIN_ELEMENTS = 2**18
 """Elements of unfolded windows that are formed at a time whatever the size of the image."""
-MOVED = 24
-"""Multiplications that take as long as one number that goes through memory."""
-STARTED = 2**17
-"""Multiplications that take as long as what is done beside them for one product of matrices."""
+MOVED = 48
+"""Multiplications that take as long as one number that is put elsewhere."""
+STARTED = {"cpu": 2**19}
+"""Multiplications that take as long as what is done beside them for one product of matrices, by type of device."""
+LAUNCHED = 2**27
+"""The same on every other device, which multiplies much faster than the host tells it to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ class Patches:
     def picked(self, rows: Tensor) -> Tensor:
         """Some rows, counted over examples and positions, [*groups, rows, features]; the others are not unfolded."""
         pixels = rearrange(self._padded(), "n c ... -> n ... c")
-        n, *space, _ = pixels.shape
+        space = pixels.shape[1:-1]
         at, step, shifts = torch.zeros_like(rows), 1, rows.new_zeros(())
         for size, axis in zip(reversed(space), reversed(self.axes), strict=True):
             at += step * axis.stride * (rows % axis.positions)
@@ -183,11 +185,11 @@ class Patches:
 
     def unfolded_moment(self) -> Tensor:
         """The sum of a a^T over all windows a, [*groups, features, features]: windows some at a time."""
-        moment = self.new_zeros(*self.shape[:-3], self.features, self.features)
+        moment = self.new_zeros(self.groups, self.features, self.features)
         for piece in self.pieces():
-            rows = piece.to_dense().flatten(-3, -2)
-            moment += rows.mT @ rows
-        return symmetrise(moment)
+            rows = piece.to_dense().reshape(self.groups, -1, self.features)
+            moment.baddbmm_(rows.mT, rows)
+        return symmetrise(moment if self.groups > 1 else moment.squeeze(0))
 
     def correlated_moment(self) -> Tensor:
         """The same from products of the image with itself shifted; of no window is absent."""
@@ -202,17 +204,22 @@ class Patches:
     def unfolded_work(self) -> int:
         """Multiplications of ``unfolded_moment``, and what takes as long."""
         rows, d = prod(self.shape[:-1]), self.features
-        return rows * (d * d + 2 * MOVED * d) + STARTED
+        return rows * (d * d + MOVED * d) + self._started
 
     @property
     def correlated_work(self) -> int:
         """Multiplications of ``correlated_moment``, and what takes as long."""
-        n, C = len(self.image), self.channels
+        matrices, C = self.groups * len(self.image), self.channels
+        # Of a row of few channels the product takes as long as its numbers take to be found, once in each image.
         each = (
-            number * (self.groups * n * rows * (channels * C) * (channels * C + 2 * MOVED) + STARTED)
+            number * (matrices * rows * ((channels * C) ** 2 + 2 * MOVED) + self._started)
             for number, rows, channels in moment_products(self.axes)
         )
-        return sum(each) + MOVED * self.groups * self.features**2
+        return sum(each) + MOVED * (self.image.numel() + self.groups * self.features**2 // 8)
+
+    @property
+    def _started(self) -> int:
+        return STARTED.get(self.device.type, LAUNCHED)
 
     @property
     def correlates(self) -> bool:
@@ -220,10 +227,10 @@ class Patches:
         return self.absent is None and self.correlated_work < self.unfolded_work
 
     @property
-    def moment_flops(self) -> int:
-        """Floating-point operations of the products of the second moment, by the way that is taken."""
+    def moment_flops(self) -> int | None:
+        """Operations of the products that the second moment is made of; None where windows are unfolded."""
         if not self.correlates:
-            return 2 * prod(self.shape[:-1]) * self.features**2
+            return None
         each = (number * rows * channels**2 for number, rows, channels in moment_products(self.axes))
         return 2 * self.groups * len(self.image) * self.channels**2 * sum(each)
 
