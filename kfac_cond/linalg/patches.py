@@ -188,7 +188,7 @@ class Patches:
         moment = self.new_zeros(self.groups, self.features, self.features)
         for piece in self.pieces():
             rows = piece.to_dense().reshape(self.groups, -1, self.features)
-            moment.baddbmm_(rows.mT, rows)
+            torch.baddbmm(moment, rows.mT, rows, out=moment)
         return symmetrise(moment if self.groups > 1 else moment.squeeze(0))
 
     def correlated_moment(self) -> Tensor:
