@@ -80,20 +80,18 @@ class TransposedConvolutionKind(ConvolutionKind):
 
 
 def _of_spread(module: nn.Module, inputs: Tensor, output_size: Sequence[int] | None) -> Tensor:
-    """The patches of an input whose pixels are spread out, of as many output pixels as the call asked for."""
+    """The windows of an input whose pixels are spread out, of as many output pixels as the call asked for."""
     assert isinstance(module, _ConvTransposeNd)
-    x, dims, stride = _batched(module, inputs), len(module.kernel_size), module.stride
-    spread = x.new_zeros(*x.shape[:2], *(s * (size - 1) + 1 for s, size in zip(stride, x.shape[2:], strict=True)))
-    spread[tuple(slice(None, None, s) for s in (1, 1, *stride))] = x
+    x, dims = _batched(module, inputs), len(module.kernel_size)
     axes = []
-    for axis in range(dims):
-        length, padding, dilation = spread.shape[2 + axis], int(module.padding[axis]), module.dilation[axis]
-        kernel = module.kernel_size[axis]
+    for axis, (size, kernel, spread) in enumerate(zip(x.shape[2:], module.kernel_size, module.stride, strict=True)):
+        padding, dilation = int(module.padding[axis]), module.dilation[axis]
         # The size that was asked for may have the batch and the channels in front.
-        own = length - 2 * padding + dilation * (kernel - 1) + module.output_padding[axis]
-        pixels = own if output_size is None else output_size[axis - dims]
-        axes.append(Axis(length, tuple(padding - dilation * tap for tap in range(kernel)), 1, 0, pixels))
-    return cast(Tensor, Patches(spread, tuple(axes), module.groups))
+        own = spread * (size - 1) + 1 - 2 * padding + dilation * (kernel - 1) + module.output_padding[axis]
+        positions = own if output_size is None else output_size[axis - dims]
+        offsets = tuple(padding - dilation * tap for tap in range(kernel))
+        axes.append(Axis(size, offsets, 1, 0, positions, spread))
+    return cast(Tensor, Patches(x, tuple(axes), module.groups))
 
 
 def _patches(module: _ConvNd, x: Tensor) -> Tensor:

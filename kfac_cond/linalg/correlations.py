@@ -34,6 +34,8 @@ class Axis:
         stride: pixels from one position to the next.
         start: the first position.
         stop: one more than the last.
+        spread: places from one pixel to the next, with zeros between them; positions and offsets are then in places,
+            and the stride is one.
     """
 
     size: int
@@ -41,6 +43,27 @@ class Axis:
     stride: int
     start: int
     stop: int
+    spread: int = 1
+
+    @property
+    def places(self) -> int:
+        """Number of pixels with the zeros between them."""
+        return self.spread * (self.size - 1) + 1
+
+    @property
+    def parts(self) -> list[tuple[slice, Axis]]:
+        """Positions with pixels at the same taps, and zeros at all others: these taps, and how they lie on pixels."""
+        if self.spread == 1:
+            return [(slice(None), self)]
+        found = []
+        for rest in range(self.spread):
+            taps = [tap for tap, offset in enumerate(self.offsets) if (rest + offset) % self.spread == 0]
+            start, stop = (-((rest - end) // self.spread) for end in (self.start, self.stop))
+            if taps and stop > start:
+                offsets = tuple((rest + self.offsets[tap]) // self.spread for tap in taps)
+                step = taps[1] - taps[0] if len(taps) > 1 else 1
+                found.append((slice(taps[0], taps[-1] + 1, step), Axis(self.size, offsets, 1, start, stop)))
+        return found
 
     @property
     def positions(self) -> int:
@@ -144,13 +167,25 @@ def window_moment(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     Returns:
         [*taps, *taps, groups, channels, channels]; exactly symmetric.
     """
+    if all(axis.spread == 1 for axis in axes):
+        return _moment(x, axes)
+    taps = [len(axis.offsets) for axis in axes]
+    moment = x.new_zeros(*taps, *taps, x.shape[0], x.shape[-1], x.shape[-1])
+    for parts in product(*(axis.parts for axis in axes)):
+        at = [some for some, _ in parts]
+        _at(moment, 0, [*at, *at]).add_(_moment(x, tuple(axis for _, axis in parts)))
+    return moment
+
+
+def _moment(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """It of pixels without zeros between them."""
     if not axes:
         return gram(x)
     moment, dims = _whole_moment(x, axes), len(axes)
     for index, pixels, others in _frames(axes):
         count, first = len(pixels), min(pixels)
         frame = torch.stack([x.select(2 + index, pixel) for pixel in pixels.values()], dim=-2).flatten(-2)
-        taken = window_moment(frame, others)
+        taken = _moment(frame, others)
         taken = taken.reshape(*taken.shape[:-2], count, x.shape[-1], count, x.shape[-1])
         at = moment.narrow(index, first, count).narrow(dims + index, first, count)
         at -= taken.movedim((-4, -2), (index, dims + index))
@@ -208,15 +243,23 @@ def moment_products(axes: tuple[Axis, ...]) -> tuple[tuple[int, int, int], ...]:
     Returns:
         (number of products, rows of one example in each, channels in multiples of those of x), one after another.
     """
+    found: list[tuple[int, int, int]] = []
+    for parts in product(*(axis.parts for axis in axes)):
+        found += _products(tuple(axis for _, axis in parts))
+    return tuple(found)
+
+
+def _products(axes: tuple[Axis, ...]) -> list[tuple[int, int, int]]:
+    """Those of pixels without zeros between them."""
     if not axes:
-        return ((1, 1, 1),)
+        return [(1, 1, 1)]
     own = (len(_plan(axes).products), prod(axis.length + axis.gap for axis in axes), 1)
     frames = [
         (number, rows, channels * len(pixels))
         for _, pixels, others in _frames(axes)
-        for number, rows, channels in moment_products(others)
+        for number, rows, channels in _products(others)
     ]
-    return (own, *frames)
+    return [own, *frames]
 
 
 def window_sums(x: Tensor, axes: Sequence[Axis]) -> Tensor:
@@ -232,7 +275,10 @@ def window_sums(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         # Each goes from the front to the end.
         dim = x.dim() - len(axes)
-        x = torch.stack([_strided(x, dim, axis, offset).sum(dim) for offset in axis.offsets], dim=-1)
+        at_taps = [x.narrow(dim, 0, 0)] * len(axis.offsets)
+        for taps, part in axis.parts:
+            at_taps[taps] = [_strided(x, dim, part, offset) for offset in part.offsets]
+        x = torch.stack([pixels.sum(dim) for pixels in at_taps], dim=-1)
     return x
 
 

@@ -124,11 +124,19 @@ class Patches:
         before, after = [], []
         for axis in reversed(self.axes):
             before += [-(axis.stride * axis.start + min(axis.offsets)), 0]
-            after += [0, axis.stride * (axis.stop - 1) + max(axis.offsets) - (axis.size - 1)]
+            after += [0, axis.stride * (axis.stop - 1) + max(axis.offsets) - (axis.places - 1)]
         # All margins before anything is cut off, which may be longer than what there was.
         margins = [one + other for one, other in zip(before, after, strict=True)]
-        added = F.pad(self.image, [max(margin, 0) for margin in margins])
+        added = F.pad(self._spread(), [max(margin, 0) for margin in margins])
         return F.pad(added, [min(margin, 0) for margin in margins])
+
+    def _spread(self) -> Tensor:
+        """The image with the zeros between its pixels."""
+        if all(axis.spread == 1 for axis in self.axes):
+            return self.image
+        places = self.image.new_zeros(*self.image.shape[:2], *(axis.places for axis in self.axes))
+        places[tuple(slice(None, None, step) for step in (1, 1, *(axis.spread for axis in self.axes)))] = self.image
+        return places
 
     def to_dense(self) -> Tensor:
         """The tensor itself, with as many numbers as the image has times the taps: the windows are unfolded."""

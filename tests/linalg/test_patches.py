@@ -39,7 +39,11 @@ def image(*shape: int) -> Tensor:
 
 @st.composite
 def axes(draw: st.DrawFn) -> Axis:
-    """Any, with images smaller than the kernel reaches, margins cut off, and taps from either end."""
+    """Any: images smaller than the kernel reaches, margins cut off, taps from either end, pixels spread out."""
+    if draw(st.booleans()) and draw(st.booleans()):
+        spread, (low, kernel, dilation, positions) = draw(st.integers(2, 3)), (draw(st.integers(1, 4)) for _ in "lkdp")
+        offsets = tuple(low - 2 - dilation * tap for tap in range(kernel))
+        return Axis(draw(st.integers(1, 4)), offsets, 1, 0, 2 * positions - 1, spread)
     numbers = [st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), *[st.integers(-1, 5)] * 2]
     found = axis(*map(draw, numbers))
     assume(found.positions > 0)
