@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call
+from .costs import moment_flops
 from .data import call_model
 from .errors import CaptureError
 from .functional import used_functionally
@@ -42,18 +42,18 @@ class Used:
     saved: int = 0
     refused: str = ""
 
-    def add(self, layer: Layer, shape: torch.Size, moment_flops: int | None) -> None:
+    def add(self, layer: Layer, shape: torch.Size, of_inputs: int | None) -> None:
         """Count one call on activations, or gradients, of shape [..., batch, positions, features].
 
         Args:
             layer: the layer.
             shape: of either.
-            moment_flops: operations of summing the outer products of the inputs, where not row by row.
+            of_inputs: operations of summing the outer products of the inputs, where not row by row.
         """
         *_, batch, positions, _ = shape
         self.examples = max(self.examples, batch)
-        if moment_flops is not None and layer.sums_every_position:
-            self.saved += 2 * batch * positions * prod(layer.sum_shapes[0]) - moment_flops
+        if of_inputs is not None and layer.sums_every_position:
+            self.saved += moment_flops(layer, batch * positions, layer.sum_shapes[0]) - of_inputs
         # For 'reduce' all calls are pooled before anything is multiplied.
         self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .correlations import Axis, moment_products, window_moment, window_sums
-from .products import symmetrise
+from .products import add_gram, gram_flops, mirrored
 
 MIN_ELEMENTS = 2**18
 """Elements of unfolded windows that are formed at a time whatever the size of the image."""
@@ -193,11 +193,10 @@ class Patches:
 
     def unfolded_moment(self) -> Tensor:
         """The sum of a a^T over all windows a, [*groups, features, features]: windows some at a time."""
-        moment = self.new_zeros(self.groups, self.features, self.features)
+        upper = self.new_zeros(*self.shape[:-3], self.features, self.features)
         for piece in self.pieces():
-            rows = piece.to_dense().reshape(self.groups, -1, self.features)
-            torch.baddbmm(moment, rows.mT, rows, out=moment)
-        return symmetrise(moment if self.groups > 1 else moment.squeeze(0))
+            add_gram(upper, piece.to_dense().flatten(-3, -2))
+        return mirrored(upper)
 
     def correlated_moment(self) -> Tensor:
         """The same from products of the image with itself shifted; of no window is absent."""
@@ -212,7 +211,7 @@ class Patches:
     def unfolded_work(self) -> int:
         """Multiplications of ``unfolded_moment``, and what takes as long."""
         rows, d = prod(self.shape[:-1]), self.features
-        return rows * (d * d + MOVED * d) + self._started
+        return gram_flops(rows, d, self.device) // 2 + MOVED * rows * d + self._started
 
     @property
     def correlated_work(self) -> int:
