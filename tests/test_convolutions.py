@@ -66,6 +66,15 @@ def test_the_input_side_is_that_of_the_windows(name, bias, sharing, monkeypatch)
     assert_same(fisher["0"].A, expected if module.groups > 1 else expected[0])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pixels_that_no_window_reads_do_not_count(kernel, monkeypatch):
+    monkeypatch.setattr("kfac_cond.linalg.patches.STARTED", {"cpu": 0})
+    module, inputs = nn.Conv2d(24, 4, kernel, stride=2), torch.randn(5, 24, 10, 10)
+    inputs[..., 9] = float("nan")
+    fisher = kc.estimate(network(module), [inputs], "categorical")
+    assert torch.isfinite(fisher["0"].A).all()
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_no_step_unfolds_them(sharing, transposed):

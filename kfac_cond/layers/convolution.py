@@ -101,10 +101,14 @@ def _patches(module: _ConvNd, x: Tensor) -> Tensor:
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         lower = upper = [0] * len(lower)
     axes = []
-    for size, kernel, stride, dilation, low, up in zip(
-        x.shape[2:], module.kernel_size, module.stride, module.dilation, lower, upper, strict=True
+    for index, (kernel, stride, dilation, low, up) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, lower, upper, strict=True)
     ):
-        positions = (size + low + up - dilation * (kernel - 1) - 1) // stride + 1
+        size, reach = x.shape[2 + index], dilation * (kernel - 1)
+        positions = (size + low + up - reach - 1) // stride + 1
+        # A stride may leave some at the end that no window reads.
+        size = min(size, max(stride * (positions - 1) + reach + 1 - low, 1))
+        x = x.narrow(2 + index, 0, size)
         axes.append(Axis(size, tuple(dilation * tap - low for tap in range(kernel)), stride, 0, positions))
     return cast(Tensor, Patches(x, tuple(axes), module.groups))
 
