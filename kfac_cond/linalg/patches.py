@@ -111,7 +111,7 @@ class Patches:
             return PatchRows(self).sum(dim=-2).sum()
         assert dim == -2
         if self.absent is not None:
-            return torch.cat([piece.to_dense().sum(dim=-2) for piece in self.pieces(whole=True)], dim=-2)
+            return torch.cat([piece.to_dense().sum(dim=-2) for piece in self.by_examples()], dim=-2)
         return self._features_last(window_sums(self.image, self.axes))
 
     def _features_last(self, sums: Tensor) -> Tensor:
@@ -165,21 +165,29 @@ class Patches:
         found = rearrange(windows, "r k (g c) -> g r (c k)", g=self.groups)
         return found if self.groups > 1 else found.squeeze(0)
 
-    def pieces(self, *, whole: bool = False) -> Iterator[Patches]:
+    def pieces(self) -> Iterator[Patches]:
         """Pieces whose windows take no more memory than the image, or ``MIN_ELEMENTS``, as far as that can be.
 
-        Some examples each, or some of the positions along the first axis of one; with ``whole`` examples alone.
+        Some examples each, or some of the positions along the first axis of one.
         """
-        limit = max(self.image.numel(), MIN_ELEMENTS)
-        first, *others = self.axes
-        each = max(self.groups * self.features * prod(axis.positions for axis in others), 1)
-        lines = max(limit // each, 1)
-        for start in range(0, len(self.image), max(lines // max(first.positions, 1), 1)):
-            some = slice(start, start + max(lines // max(first.positions, 1), 1))
-            piece = replace(self, image=self.image[some], absent=None if self.absent is None else self.absent[some])
-            yield from [piece] if whole or lines >= first.positions else piece._lines(lines)
+        lines = self._lines_at_a_time
+        for piece in self.by_examples():
+            yield from piece._by_lines(lines) if lines < self.axes[0].positions else [piece]
 
-    def _lines(self, lines: int) -> Iterator[Patches]:
+    def by_examples(self) -> Iterator[Patches]:
+        """Pieces of some examples each, as many as ``pieces`` has, or one."""
+        step = max(self._lines_at_a_time // max(self.axes[0].positions, 1), 1)
+        for start in range(0, max(len(self.image), 1), step):
+            some = slice(start, start + step)
+            yield replace(self, image=self.image[some], absent=None if self.absent is None else self.absent[some])
+
+    @property
+    def _lines_at_a_time(self) -> int:
+        """How many of the positions along the first axis have windows that take so much memory."""
+        each = self.groups * self.features * prod(axis.positions for axis in self.axes[1:])
+        return max(max(self.image.numel(), MIN_ELEMENTS) // max(each, 1), 1)
+
+    def _by_lines(self, lines: int) -> Iterator[Patches]:
         """Pieces of some positions along the first axis."""
         first, *others = self.axes
         each = prod(axis.positions for axis in others)
