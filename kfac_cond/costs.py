@@ -8,6 +8,7 @@ from math import prod
 from .damping import Rule
 from .layers.layer import Layer
 from .layers.summed import EigenSquares, GradientSquares
+from .linalg.products import gram_flops
 from .statistics import count_dtype, statistic_dtype
 
 _CUBIC = {"factored": 1, "exact": 9}
@@ -78,7 +79,7 @@ def update_flops(layer: Layer, costing: Costing) -> int:
     return 2 * each + numbers if _rule(layer, costing) == "exact" else each
 
 
-def capture_flops(layer: Layer, rows: int, examples: int) -> int:
+def capture_flops(layer: Layer, rows: int, examples: int, saved: int = 0) -> int:
     """Floating-point operations of adding one draw of labels to what is summed of the layer.
 
     Of a layer whose weight gradients are made and squared these come first; the universal form has the one of the
@@ -88,11 +89,12 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
         layer: the layer.
         rows: positions of all examples; examples for 'reduce'.
         examples: of the batch.
+        saved: operations of the outer products of inputs that are not done.
     """
     of_A, of_G = map(prod, _sides(layer))
     numbers = prod(layer.layout.matrix_shape)
     if layer.gradient_sums is None:
-        return 2 * round(rows * layer.fraction) * (of_A + of_G)
+        return sum(moment_flops(layer, round(rows * layer.fraction), shape) for shape in _sides(layer)) - saved
     made, count = (2 * rows * numbers, examples) if layer.modules else (0, 1)
     if isinstance(layer.gradient_sums, EigenSquares):
         # Both moments, both halves of the pairs in the other basis, and the squares.
@@ -100,6 +102,20 @@ def capture_flops(layer: Layer, rows: int, examples: int) -> int:
     if isinstance(layer.gradient_sums, GradientSquares):
         return made + 2 * count * numbers
     return made + 2 * count * (layer.layout.d_out * of_A + layer.layout.d_in * of_G)
+
+
+def moment_flops(layer: Layer, rows: int, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of summing the outer products of rows for one side of a layer.
+
+    Args:
+        layer: the layer.
+        rows: their number.
+        shape: of the side.
+    """
+    if not _is_whole(layer, shape):
+        return 2 * rows * prod(shape)
+    *groups, d, _ = shape
+    return prod(groups) * gram_flops(rows, d, layer.like.device)
 
 
 def _rule(layer: Layer, costing: Costing) -> Rule:

@@ -334,7 +334,7 @@ def _with_uses(row: CoverageRow, layer: Layer, used: Mapping[str, Used] | None) 
         reason=reason,
         remedy=remedy,
         uses=mine.calls if layer.modules else None,
-        capture_flops=None if mine.refused else capture_flops(layer, mine.rows, mine.examples),
+        capture_flops=None if mine.refused else capture_flops(layer, mine.rows, mine.examples, mine.saved),
     )
 
 

@@ -27,6 +27,7 @@ from .layers.sharing import (
     sampled_input_moment,
 )
 from .layers.summed import IDENTITIES, Bases
+from .linalg.patches import unfolded
 from .statistics import LayerSums, statistic_dtype
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -208,12 +209,12 @@ def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool
 
 def _weighted(layer: Layer, a: Tensor) -> Tensor:
     """The activations that meet a trainable weight."""
-    return a if layer.layout.weight is not None else a[..., :0]
+    return a if layer.layout.weight is not None else a.new_zeros((*a.shape[:-1], 0))
 
 
 def _homogeneous(layer: Layer, a: Tensor, keep: Tensor | None) -> Tensor:
     """Activations in the form of ``linalg.pairs``: the feature 1 last where there is a bias, padded positions zero."""
-    a = _weighted(layer, a)
+    a = unfolded(_weighted(layer, a))
     if layer.layout.bias is not None:
         a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
     return masked(a, keep)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call
+from .costs import moment_flops
 from .data import call_model
 from .errors import CaptureError
 from .functional import used_functionally
@@ -20,6 +21,7 @@ from .guards import undisturbed
 from .layers import CompoundKind, kind_of
 from .layers.layer import Layer, layers_by_module
 from .layers.replay import Replay
+from .statistics import statistic_dtype
 
 
 @dataclass
@@ -30,18 +32,28 @@ class Used:
         calls: of its modules.
         rows: that these add to A and to G: examples times positions, or examples for 'reduce'.
         examples: of the batch, in the largest call.
+        saved: operations of the outer products of these rows that are not done for A.
         refused: why it could not be captured; empty where it could.
     """
 
     calls: int = 0
     rows: int = 0
     examples: int = 0
+    saved: int = 0
     refused: str = ""
 
-    def add(self, layer: Layer, shape: torch.Size) -> None:
-        """Count one call on activations, or gradients, of shape [..., batch, positions, features]."""
+    def add(self, layer: Layer, shape: torch.Size, of_inputs: int | None) -> None:
+        """Count one call on activations, or gradients, of shape [..., batch, positions, features].
+
+        Args:
+            layer: the layer.
+            shape: of either.
+            of_inputs: operations of summing the outer products of the inputs, where not row by row.
+        """
         *_, batch, positions, _ = shape
         self.examples = max(self.examples, batch)
+        if of_inputs is not None and layer.sums_every_position:
+            self.saved += moment_flops(layer, batch * positions, layer.sum_shapes[0]) - of_inputs
         # For 'reduce' all calls are pooled before anything is multiplied.
         self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
 
@@ -67,8 +79,9 @@ def uses_in_forward(
         try:
             with torch.no_grad():
                 shapes = _shapes(module, parts, args, kwargs, output)
+                flops = _moment_flops(module, args, kwargs, output)
         except CaptureError as error:
-            shapes = {}
+            shapes, flops = {}, None
             for layer in parts.values():
                 used[layer.name].refused = str(error)
         outputs = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
@@ -77,7 +90,7 @@ def uses_in_forward(
             calls.append((layer.name, call))
             used[layer.name].calls += 1
             if part in shapes:
-                used[layer.name].add(layer, shapes[part])
+                used[layer.name].add(layer, shapes[part], flops)
 
     by_module = layers_by_module(layers)
     with ExitStack() as stack:
@@ -111,3 +124,11 @@ def _shapes(
         return {}
     # On the meta device, where rearranging copies nothing; of a DTensor all of it.
     return {"": kind.output_gradients(module, torch.empty(output.shape, dtype=output.dtype, device="meta")).shape}
+
+
+def _moment_flops(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> int | None:
+    """Operations of summing the outer products of what one call gives, where not row by row."""
+    kind = kind_of(module)
+    if kind is None or not isinstance(output, Tensor):
+        return None
+    return kind.moment_flops(module, args, kwargs, statistic_dtype(output.dtype))

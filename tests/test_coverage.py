@@ -330,7 +330,8 @@ def test_on_the_meta_device_nothing_is_allocated():
     table = kc.coverage(model, batch)
     assert table.rows[0].uses == 1
     assert table.rows[0].factor_bytes == (10_001**2 + 10_000**2) * batch.element_size() + 16
-    assert table.capture_flops > 2 * 64 * 2 * 10_000**2
+    # Of a large symmetric product more than half is done.
+    assert 64 * 2 * 10_000**2 < table.capture_flops < 2 * 64 * 2 * 10_000**2
 
 
 def test_a_compiled_model_counts_its_uses():

@@ -112,6 +112,12 @@ class LayerKind(ABC):
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """A gradient of the module's output as [batch, positions, d_out], or [groups, batch, positions, d_out]."""
 
+    def moment_flops(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+    ) -> int | None:
+        """Operations of summing the outer products of what one call gives; None for those of its rows one by one."""
+        return None
+
     def present(self, module: nn.Module, a: Tensor) -> Tensor | None:
         """Which positions of its activations are there at all, [batch, positions, 1] bool; None for all of them."""
         return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..linalg.correlations import Axis
+from ..linalg.patches import Patches
 from .base import LayerKind
 from .layout import WeightLayout
 
@@ -29,9 +31,19 @@ class ConvolutionKind(LayerKind):
     methods: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
 
     def activations(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """(batch, C, *space) as patches [batch, positions, C * kernel], with [groups] in front where there are any."""
+        """(batch, C, *space) as patches [batch, positions, C * kernel], with [groups] in front where there are any.
+
+        They are ``Patches``, which answer as a tensor does.
+        """
         assert isinstance(module, _ConvNd)
-        return _patches(module, _windows(module, _padded(module, _batched(module, inputs)), module.stride))
+        return _patches(module, _batched(module, inputs))
+
+    def moment_flops(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+    ) -> int | None:
+        """Operations of summing the outer products of windows that are not unfolded."""
+        a = self.of_call(module, args, kwargs, dtype)
+        return a.moment_flops if isinstance(a, Patches) else None
 
     def output_gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """(batch, C, *space) as [batch, positions, C], with [groups] in front where there are any."""
@@ -68,25 +80,49 @@ class TransposedConvolutionKind(ConvolutionKind):
 
 
 def _of_spread(module: nn.Module, inputs: Tensor, output_size: Sequence[int] | None) -> Tensor:
-    """The patches of an input whose pixels are spread out, of as many output pixels as the call asked for."""
+    """The windows of an input whose pixels are spread out, of as many output pixels as the call asked for."""
     assert isinstance(module, _ConvTransposeNd)
-    x, dims, stride = _batched(module, inputs), len(module.kernel_size), module.stride
-    spread = x.new_zeros(*x.shape[:2], *(s * (size - 1) + 1 for s, size in zip(stride, x.shape[2:], strict=True)))
-    spread[tuple(slice(None, None, s) for s in (1, 1, *stride))] = x
-    before: list[int] = []
-    after: list[int] = []
-    for axis in reversed(range(dims)):
-        length, padding = spread.shape[2 + axis], int(module.padding[axis])
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+    x, dims = _batched(module, inputs), len(module.kernel_size)
+    axes = []
+    for axis, (size, kernel, spread) in enumerate(zip(x.shape[2:], module.kernel_size, module.stride, strict=True)):
+        padding, dilation = int(module.padding[axis]), module.dilation[axis]
         # The size that was asked for may have the batch and the channels in front.
-        own = length - 2 * padding + reach + module.output_padding[axis]
-        pixels = own if output_size is None else output_size[axis - dims]
-        # Negative, where there is more padding than the kernel reaches.
-        before += [reach - padding, 0]
-        after += [0, pixels + padding - length]
-    # In this order, since a margin that is cut off may be longer than what there was.
-    windows = _windows(module, F.pad(F.pad(spread, after), before), (1,) * dims)
-    return _patches(module, windows.flip([*range(2 + dims, 2 + 2 * dims)]))
+        own = spread * (size - 1) + 1 - 2 * padding + dilation * (kernel - 1) + module.output_padding[axis]
+        positions = own if output_size is None else output_size[axis - dims]
+        offsets = tuple(padding - dilation * tap for tap in range(kernel))
+        axes.append(Axis(size, offsets, 1, 0, positions, spread))
+    return cast(Tensor, Patches(x, tuple(axes), module.groups))
+
+
+def _patches(module: _ConvNd, x: Tensor) -> Tensor:
+    """The windows of an input; margins of zeros are not there, those of another padding mode are made."""
+    lower, upper = _margins(module)
+    if module.padding_mode != "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        lower = upper = [0] * len(lower)
+    axes = []
+    for index, (kernel, stride, dilation, low, up) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, lower, upper, strict=True)
+    ):
+        size, reach = x.shape[2 + index], dilation * (kernel - 1)
+        positions = (size + low + up - reach - 1) // stride + 1
+        # A stride may leave some at the end that no window reads.
+        size = min(size, max(stride * (positions - 1) + reach + 1 - low, 1))
+        x = x.narrow(2 + index, 0, size)
+        axes.append(Axis(size, tuple(dilation * tap - low for tap in range(kernel)), stride, 0, positions))
+    return cast(Tensor, Patches(x, tuple(axes), module.groups))
+
+
+def _margins(module: _ConvNd) -> tuple[list[int], list[int]]:
+    """Pixels that the module adds at the lower and at the upper end of each axis."""
+    if module.padding == "valid":
+        return [0] * len(module.kernel_size), [0] * len(module.kernel_size)
+    if module.padding == "same":
+        # The odd one is at the end (torch.nn.Conv2d).
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [total // 2 for total in totals], [total - total // 2 for total in totals]
+    padding = [int(size) for size in module.padding]
+    return padding, padding
 
 
 def _axes(module: _ConvNd | _ConvTransposeNd, letter: str) -> str:
@@ -103,32 +139,3 @@ def _by_group(x: Tensor, pattern: str, form: str, groups: int) -> Tensor:
     if groups == 1:
         return rearrange(x, f"{pattern} -> {form}".replace("(groups c)", "c"))
     return rearrange(x, f"{pattern} -> groups {form}", groups=groups)
-
-
-def _padded(module: _ConvNd, x: Tensor) -> Tensor:
-    """The input with the margins the module reads, in its own padding mode."""
-    if module.padding_mode != "zeros":
-        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    margins: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        if isinstance(module.padding, str):
-            # 'same' puts the odd one at the end, 'valid' has none (torch.nn.Conv2d).
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
-            margins += [total // 2, total - total // 2]
-        else:
-            margins += [int(module.padding[axis])] * 2
-    return F.pad(x, margins)
-
-
-def _windows(module: _ConvNd | _ConvTransposeNd, x: Tensor, stride: Sequence[int]) -> Tensor:
-    """A view (batch, C, *output space, *kernel) of a padded input."""
-    for axis, size in enumerate(module.kernel_size):
-        span = module.dilation[axis] * (size - 1) + 1
-        x = x.unfold(2 + axis, span, stride[axis])[..., :: module.dilation[axis]]
-    return x
-
-
-def _patches(module: _ConvNd | _ConvTransposeNd, windows: Tensor) -> Tensor:
-    """Windows as [batch, positions, C * kernel], with [groups] in front where there are any."""
-    space, kernel = _axes(module, "o"), _axes(module, "k")
-    return _by_group(windows, f"n (groups c) {space} {kernel}", f"n ({space}) (c {kernel})", module.groups)

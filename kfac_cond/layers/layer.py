@@ -82,6 +82,16 @@ class Layer:
         return second_moment_diagonal if "A" in self.diagonal_sides else second_moment
 
     @property
+    def sums_every_position(self) -> bool:
+        """Whether A is the matrix of the outer products of the inputs at all positions."""
+        return (
+            self.gradient_sums is None
+            and self.sharing == "expand"
+            and self.fraction == 1
+            and "A" not in self.diagonal_sides
+        )
+
+    @property
     def gradient_moment(self) -> Moment:
         """How the outer products of its output gradients are summed."""
         return second_moment_diagonal if "G" in self.diagonal_sides else second_moment

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
-from .moments import symmetrise, trace
+from .moments import trace
+from .products import symmetrise
 from .sides import Diagonal, Side, identity_like
 
 __all__ = ["Rung", "attempted_inverses", "damped_inverses"]

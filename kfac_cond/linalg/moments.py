@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import sparse
+from . import patches, sparse
+from .products import gram
 from .sides import Side, as_side
 
 
-def symmetrise(matrix: Tensor) -> Tensor:
-    """The symmetric part (M + M^T) / 2, symmetric to the last bit, as a tensor of its own.
-
-    Args:
-        matrix: [..., d, d].
-    """
-    return (matrix + matrix.mT).mul_(0.5)
+@sparse.form(patches.outer_products, of=patches.PatchRows)
+def outer_products(x: Tensor) -> Tensor:
+    """The sum over n of x_n x_n^T, [..., d, d], exactly symmetric; ``x`` as for ``second_moment``."""
+    return gram(x)
 
 
 def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
@@ -24,7 +22,7 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
     Run it with autocast disabled: autocast would do the product in half precision whatever the dtype of ``x``.
 
     Args:
-        x: [..., n, d], float32 or wider; n may be 0.
+        x: [..., n, d], float32 or wider; n may be 0. Windows of images are not unfolded where there is a cheaper way.
         ones: append the constant feature 1, as a layer with a bias does to its input.
         count: how many rows have that feature, 0-d or [...]; the others are zero. None for all of them.
 
@@ -33,7 +31,7 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
 
     Source: Martens & Grosse 2015 (arXiv:1503.05671), section 3 (homogeneous coordinates for the bias).
     """
-    moment = symmetrise(x.mT @ x)
+    moment = outer_products(x)
     if not ones:
         return moment
     # Concatenating the column of ones to x would copy all n rows of it; the borders alone are d + 1 numbers.

@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from . import sparse
-from .moments import symmetrise
+from .products import symmetrise
 
 MAX_ELEMENTS = 2**24
 """Elements of the per-example weight gradients that are held at a time, where they have to be formed."""

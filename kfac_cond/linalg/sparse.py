@@ -149,12 +149,12 @@ class SparseRows:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def form(own: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Gives a function of activations, its first argument, a form of its own where they are ``SparseRows``."""
+def form(own: Callable[..., Any], of: type = SparseRows) -> Callable[[Function], Function]:
+    """Gives a function of activations, its first argument, a form of its own where they are no tensor but ``of``."""
 
     def decorated(function: Function) -> Function:
         either = singledispatch(function)
-        either.register(SparseRows, own)
+        either.register(of, own)
         return cast(Function, either)
 
     return decorated

@@ -103,6 +103,11 @@ def test_a_convolution_in_any_memory_layout(layout):
     assert_gradient_is_made_of_pairs(module, inputs.to(memory_format=layout))
 
 
+def test_a_convolution_that_reads_margins_alone():
+    module = nn.Conv1d(2, 3, 1, stride=100, padding=5)
+    assert_gradient_is_made_of_pairs(module, torch.randn(4, 2, 2))
+
+
 def test_a_convolution_without_examples():
     module = nn.Conv2d(2, 3, 2)
     assert ConvolutionKind().activations(module, torch.randn(0, 2, 4, 5)).shape == (0, 12, 8)

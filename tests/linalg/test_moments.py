@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_cond.linalg.moments import second_moment, symmetrise, trace
+from kfac_cond.linalg.moments import second_moment, trace
+from kfac_cond.linalg.products import symmetrise
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (4, 7, 3), (2, 3, 5, 4), (1, 1), (0, 3)])

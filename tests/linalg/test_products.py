@@ -1,0 +1,63 @@
+"""Symmetric products against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfac_cond.linalg import products
+from kfac_cond.linalg.products import add_gram, gram, gram_flops, mirrored
+
+SHAPES = [(7, 3), (0, 3), (5, 128), (9, 129), (9, 255), (9, 256), (2, 5, 300), (2, 3, 0, 300), (3, 2050)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_plain_product(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = gram(x)
+    torch.testing.assert_close(found, x.mT @ x, rtol=0, atol=1e-12)
+    assert torch.equal(found, found.mT)
+
+
+def test_sums_over_pieces_and_is_then_made_whole():
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    upper = x.new_zeros(300, 300)
+    for piece in x.split(4):
+        add_gram(upper, piece)
+    found = mirrored(upper)
+    torch.testing.assert_close(found, x.mT @ x, rtol=0, atol=1e-12)
+    assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize(("d", "share"), [(128, 1), (256, 3 / 4), (512, 5 / 8), (1024, 9 / 16), (2048, 9 / 16)])
+def test_about_half_of_a_large_product_is_done(d, share):
+    x = torch.zeros(3, d)
+    with FlopCounterMode(display=False) as counter:
+        gram(x)
+    assert counter.get_total_flops() == gram_flops(3, d, x.device) == share * 2 * 3 * d * d
+
+
+def test_of_features_that_are_not_contiguous():
+    x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(gram(x.mT), x @ x.mT, rtol=0, atol=1e-12)
+
+
+def test_a_panel_is_wider_where_more_is_multiplied_at_once():
+    assert gram_flops(1, 1024, torch.device("meta")) == 2 * 1024**2
+    assert gram_flops(1, 2048, torch.device("meta")) == 3 / 4 * 2 * 2048**2
+    assert gram(torch.zeros(3, 2048, device="meta")).shape == (2048, 2048)
+
+
+def test_reads_nothing(reads):
+    with reads:
+        gram(torch.ones(4, 300))
+    assert reads.names == []
+
+
+def test_keeps_the_gradient():
+    """Nothing is written into what autograd needs."""
+    x = torch.randn(4, 3 * products.NARROWEST["cpu"], dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    (found,) = torch.autograd.grad((gram(x) * weight).sum(), x)
+    torch.testing.assert_close(found, x @ (weight + weight.mT), rtol=0, atol=1e-10)
