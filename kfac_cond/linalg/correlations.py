@@ -146,6 +146,18 @@ def _plan(axes: tuple[Axis, ...]) -> _Plan:
     return _Plan(tuple(products), tuple(blocks))
 
 
+def product_count(axes: Sequence[Axis]) -> int:
+    """How many products a plan has, without the plan: of many taps it is as long as their number squared."""
+    pairs, alone = 1, 1
+    for axis in axes:
+        every = product(axis.taps, axis.taps)
+        found = {(mine, theirs, there - here) for (mine, here), (theirs, there) in every}
+        pairs *= sum(abs(distance) < axis.length for *_, distance in found)
+        alone *= len({rest for rest, _ in axis.taps})
+    # Each once with its transpose, but for those that are their own.
+    return (pairs + alone) // 2
+
+
 def _frames(axes: tuple[Axis, ...]) -> Iterator[tuple[int, dict[int, int], tuple[Axis, ...]]]:
     """What is to be taken off: an axis, the pixels of one position along it that is none, and the other axes.
 
@@ -253,7 +265,7 @@ def _products(axes: tuple[Axis, ...]) -> list[tuple[int, int, int]]:
     """Those of pixels without zeros between them."""
     if not axes:
         return [(1, 1, 1)]
-    own = (len(_plan(axes).products), prod(axis.length + axis.gap for axis in axes), 1)
+    own = (product_count(axes), prod(axis.length + axis.gap for axis in axes), 1)
     frames = [
         (number, rows, channels * len(pixels))
         for _, pixels, others in _frames(axes)

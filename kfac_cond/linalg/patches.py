@@ -230,7 +230,9 @@ class Patches:
             number * (matrices * rows * ((channels * C) ** 2 + 2 * MOVED) + self._started)
             for number, rows, channels in moment_products(self.axes)
         )
-        return sum(each) + MOVED * (self.image.numel() + self.groups * self.features**2 // 8)
+        # Each pair of taps is a block that is put in its place.
+        blocks = MOVED * self.groups * self.features**2 // 8 + self._started * prod(self.taps) ** 2 // 8
+        return sum(each) + MOVED * self.image.numel() + blocks
 
     @property
     def _started(self) -> int:

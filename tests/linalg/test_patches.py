@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from kfac_cond.layers.sharing import (
     sampled_input_moment,
 )
 from kfac_cond.linalg import patches as module
-from kfac_cond.linalg.correlations import Axis
+from kfac_cond.linalg.correlations import Axis, _plan, product_count
 from kfac_cond.linalg.moments import second_moment, second_moment_diagonal
 from kfac_cond.linalg.patches import Patches, unfolded
 from kfac_cond.linalg.products import gram_flops
@@ -77,6 +78,21 @@ def test_the_second_moment_of_any_windows_both_ways(patches: Patches) -> None:
     for moment in (patches.correlated_moment(), patches.unfolded_moment()):
         same(moment, expected)
         assert torch.equal(moment, moment.mT)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(any_patches())
+def test_products_are_counted_without_the_plan_of_them(patches: Patches) -> None:
+    for parts in product(*(one.parts for one in patches.axes)):
+        lies = tuple(part for _, part in parts)
+        assert product_count(lies) == len(_plan(lies).products)
+
+
+def test_which_way_to_take_is_known_of_many_taps():
+    patches = Patches(torch.empty(2, 4, 64, 64, device="meta"), (axis(64, 51, low=25, up=25),) * 2, groups=4)
+    _plan.cache_clear()
+    assert not patches.correlates
+    assert _plan.cache_info().currsize == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
