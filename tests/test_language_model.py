@@ -120,6 +120,7 @@ def test_there_is_nothing_to_resume(example, tmp_path):
         example.main([*SMALL, "--resume", "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
     process = subprocess.Popen(
         command("--optimizer", "kfac", "--steps", "500", "--every", "1", out=tmp_path),

@@ -153,6 +153,7 @@ def same(found: dict[str, Tensor]) -> None:
         assert_same(found[name], parameter, tolerance=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("where", ["a forward", "a refresh", "a save"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -187,6 +188,7 @@ def raising(*args: Any) -> None:
     raise ValueError("of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "own", "others"),
     [("a forward", "ValueError", {"RuntimeError", "RankError"}), ("a step", "ArgumentError", {"RankError"})],
