@@ -111,10 +111,9 @@ class Factors:
         self._elsewhere = self.layers.keys() - self.average.G_weight.keys()
         self._stale |= self.bases.keys()
 
-    def blocks(self, names: Iterable[str] | None = None) -> dict[str, Trained]:
-        """The averages here as blocks; those of these layers alone, where names are given."""
-        wanted = self.average.ready if names is None else names
-        bases = {name: self.bases.get(name, IDENTITIES) for name in wanted}
+    def blocks(self, names: Iterable[str]) -> dict[str, Trained]:
+        """The averages of these layers, which are here, as blocks."""
+        bases = {name: self.bases.get(name, IDENTITIES) for name in names}
         return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
     def refresh(self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None) -> None:

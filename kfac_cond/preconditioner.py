@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -166,7 +167,7 @@ class KFAC:
         return metrics
 
     def fisher(self) -> Fisher:
-        """The Fisher from the moving averages as they are now: a mapping from layer name to block.
+        """The Fisher from the moving averages as they are now: a mapping from layer name to block, of all layers used.
 
         Where layers are shared out among ranks, they are brought together on all of them, and all must call it.
 
@@ -180,7 +181,9 @@ class KFAC:
             "kind": "sampled",
             "structure": self._wrapped.structure,
         }
-        return Fisher(self._shared.whole().blocks(), meta={**meta, "step": self._clock.at_most, "average": True})
+        whole = self._shared.whole()
+        blocks = whole.blocks(whole.average.seen())
+        return Fisher(blocks, meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:
         table, step = self.coverage(), self._clock.at_most
@@ -324,14 +327,17 @@ class KFAC:
 
         Raises:
             StateError: another format, other shapes, or other layers where ``strict``; nothing is changed then.
-            RankError: another rank refused its state, or did not take part.
+            RankError: another rank refused its state, has that of another step, or did not take part.
         """
         ranks, slots, patience = self._shared.ranks(), self._intake.slots, self.schedule.patience
-        with ranks.alike("the state"):
+        with ranks.alike("the state") as noted:
             functional = state.functional_of(saved)
             layers = self._wrapped.now(functional).layers
             loaded = state.load(saved, layers, slots=slots, patience=patience, ranks=ranks, strict=strict)
-            state.load_trust_region(saved, self.trust_region)
+            noted.update(step=loaded.step, missing=loaded.unmatched.missing_keys)
+            # Of a copy: it is taken over by all ranks or by none.
+            state.load_trust_region(saved, copy.deepcopy(self.trust_region))
+        state.load_trust_region(saved, self.trust_region)
         self._wrapped.look_again(functional)
         self._intake.watch(self.layers)
         self._shared.load(loaded)

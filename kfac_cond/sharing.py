@@ -99,31 +99,24 @@ class Shared:
         """
         if not isinstance(plan, Plan):
             raise ArgumentError(f"distribute() got {described(plan)}: expected kc.Plan(...)")
-        before = self.plan, self._ranks
-        if self._ranks is not None:
-            self.factors = self.whole()
-        self.plan, self._ranks = plan, None
-        try:
-            self.ranks()
-        except ArgumentError:
-            self.plan, self._ranks = before
-            raise
+        # What it refuses it refuses before anything changes.
+        ranks = plan.ranks(self._cuts)
+        whole = self._brought_together()
+        self.plan, self._ranks = plan, ranks
+        self._place(whole)
 
     def changed(self, names: Sequence[str]) -> None:
         """Go on with the layers there are now, keeping what is not of these; all ranks call it."""
-        whole = self.whole()
-        self._cuts = cuts_of(self._wrapped.model)
-        self._assign()
-        self.factors = whole.restricted(self._wrapped.layers, without=names).placed(self.ranks())
+        whole = self._brought_together()
+        self._place(whole.restricted(self._wrapped.layers, without=names))
 
     def load(self, loaded: Loaded) -> None:
         """Take over the factors of a state, of the layers there are now; those it has not stay as they are."""
         missing = loaded.unmatched.missing_keys
-        before = self.whole() if missing else self.factors
-        self._assign()
+        before = self._brought_together() if missing else self.factors
         whole = Factors(self._wrapped.layers, loaded.average, loaded.health, loaded.inverses)
         whole.references = loaded.references
-        self.factors = whole.with_those(missing, of=before).placed(self.ranks())
+        self._place(whole.with_those(missing, of=before))
 
     def table(self, world: int | None) -> PlanTable:
         """The plan in numbers, for so many ranks, or for those there are."""
@@ -131,6 +124,23 @@ class Shared:
         if world is None:
             world = 1 if group is None else group.size
         return self.plan.table(self._wrapped.layers, self.costing, world=world, every=self._every, group=group)
+
+    def _brought_together(self) -> Factors:
+        """The factors of all layers, from the ranks that they are shared out among, where they are."""
+        return self.factors if self._ranks is None else self.whole()
+
+    def _place(self, whole: Factors) -> None:
+        """Go on with these factors of the layers there are now, each rank with its part of them."""
+        cuts = cuts_of(self._wrapped.model)
+        if {cut.ranks for cut in cuts} != {cut.ranks for cut in self._cuts}:
+            # Other ranks have the same data than before.
+            self._cuts, self._ranks = cuts, None
+        self.factors = whole
+        if self._ranks is None:
+            self.ranks()
+        else:
+            self._assign()
+            self.factors = whole.placed(self._ranks)
 
     def _assign(self) -> None:
         if self._ranks is not None:

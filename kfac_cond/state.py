@@ -9,7 +9,8 @@ apart, and on the way back reads only the keys that the new object has. A tuple 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .distributed import Ranks
 from .draws import Draws
-from .errors import StateError
+from .errors import KFACError, StateError
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed
 from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
@@ -26,7 +27,7 @@ from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 from .trust_region import TrustRegion
 
 FORMAT = "kfac_cond.KFAC"
-VERSION = 4
+VERSION = 5
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
@@ -90,7 +91,7 @@ def save(
     """The state as ``torch.load(weights_only=True)`` reads it."""
     between = getattr(trust_region, "state_dict", None)
     return {
-        **({} if between is None else {"trust_region": between()}),
+        **({} if between is None else {"trust_region": (between(),)}),
         "format": FORMAT,
         "version": VERSION,
         "step": step,
@@ -106,6 +107,18 @@ def save(
     }
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Within it what is not laid out as a state of ours is refused by name."""
+    try:
+        yield
+    except KFACError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise StateError(f"a KFAC state that cannot be read ({error!r}): the file is damaged") from error
+
+
+@_readable()
 def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None) -> None:
     """Take over what a trust region keeps between steps, where it keeps anything.
 
@@ -120,7 +133,7 @@ def load_trust_region(saved: Mapping[str, Any], trust_region: TrustRegion | None
             f"has {expected}: give KFAC the trust_region that was saved"
         )
     if load is not None:
-        load(saved["trust_region"])
+        load(saved["trust_region"][0])
 
 
 def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
@@ -134,6 +147,7 @@ def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
     }
 
 
+@_readable()
 def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
     """The layers of a state whose weight was seen to be used without a call of their module.
 
@@ -144,6 +158,7 @@ def functional_of(saved: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, saved["functional"]))
 
 
+@_readable()
 def load(
     saved: Mapping[str, Any], layers: Mapping[str, Layer], *, slots: Slots, patience: int, ranks: Ranks, strict: bool
 ) -> Loaded:
@@ -166,18 +181,16 @@ def load(
         average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
         if entry["inverse"] is not None:
             inverses[name] = loaded_inverse(name, layer, entry["inverse"])
+        _require_finite(name, entry["average"], entry["inverse"] or {})
         if "reference" in entry:
             placed = _placed(name, layer, entry["reference"], Slots())
             references[name] = placed["A"], placed["G"]
     health = Health(layers, patience=patience)
-    try:
-        health.load_state(_paired(saved, "health"), shared)
-        step, draws = int(saved["step"]), Draws(int(saved["seed"]), rank=ranks.rank)
-        if _is_own(saved, ranks):
-            draws.load_state(_paired(saved, "draws"))
-        gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise StateError(f"a KFAC state whose counts cannot be read ({error!r}): the file is damaged") from error
+    health.load_state(_paired(saved, "health"), shared)
+    step, draws = int(saved["step"]), Draws(int(saved["seed"]), rank=ranks.rank)
+    if _is_own(saved, ranks):
+        draws.load_state(_paired(saved, "draws"))
+    gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
     return Loaded(unmatched, average, inverses, references, health, gathered, draws, step)
 
 
@@ -299,6 +312,14 @@ def _whole_average(name: str, layer: Layer, entry: object) -> Mapping[str, Tenso
             f"{', '.join(sorted(_AVERAGES[-1] | counts))}"
         )
     return entry
+
+
+def _require_finite(name: str, *entries: Mapping[str, object]) -> None:
+    """Refuse numbers that no run saves: what is not finite never reaches an average or an inverse."""
+    tensors = [(key, one) for entry in entries for key, one in entry.items() if isinstance(one, Tensor)]
+    bad = [key for key, one in tensors if not (one.is_meta or one.isfinite().all())]
+    if bad:
+        raise StateError(f"layer '{name}': {', '.join(bad)} not finite, expected numbers: the file is damaged")
 
 
 def loaded_inverse(name: str, layer: Layer, entry: object) -> Block:

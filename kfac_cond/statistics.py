@@ -300,12 +300,22 @@ class MovingAverage:
         Read from the device in one transfer: for a refresh, not a step. There are such where another rank's model has a
         layer that none has used, where batches were empty, and in the universal form to begin with.
         """
-        enough = {name: self._enough(name, weight) for name, weight in self.A_weight.items()}
-        if not enough or any(flag.is_meta for flag in enough.values()):
-            return set()
-        first = next(iter(enough.values())).device
-        flags = torch.stack([flag.to(first) for flag in enough.values()]).tolist()
-        return {name for name, flag in zip(enough, flags, strict=True) if not flag}
+        enough = self._read({name: self._enough(name, weight) for name, weight in self.A_weight.items()})
+        return {name for name, flag in enough.items() if not flag}
+
+    def seen(self) -> list[str]:
+        """The layers that have both factors and had a valid position, on whatever rank; read like ``unused``."""
+        seen = self._read({name: self.A_weight[name] > 0 for name in self.ready})
+        return [name for name, flag in seen.items() if flag]
+
+    @staticmethod
+    def _read(flags: Mapping[str, Tensor]) -> dict[str, bool]:
+        """Flags, 0-d, on the host; all are set where they cannot be read, on the meta device."""
+        if not flags or any(flag.is_meta for flag in flags.values()):
+            return dict.fromkeys(flags, True)
+        first = next(iter(flags.values())).device
+        together = torch.stack([flag.to(first) for flag in flags.values()]).tolist()
+        return dict(zip(flags, together, strict=True))
 
     def _enough(self, name: str, weight: Tensor) -> Tensor:
         """0-d bool: whether as many captures came in as the layer needs."""

@@ -83,7 +83,7 @@ class TestStrict:
             kfac.load_state_dict(trained().state_dict(), strict=False)
 
     def test_another_version_is_refused_all_the_same(self):
-        with pytest.raises(kc.StateError, match="version 3; this library reads version 4"):
+        with pytest.raises(kc.StateError, match="version 3; this library reads version 5"):
             trained().load_state_dict(trained().state_dict() | {"version": 3}, strict=False)
 
 
@@ -117,6 +117,15 @@ class TestDistributedCheckpoint:
         other = build(network())[0]
         dcp.load({"kfac": other}, checkpoint_id=tmp_path)
         assert len(other.state_dict()["gathered"]) == 1
+        assert same(everything(other), everything(kfac))
+
+    @pytest.mark.parametrize("regions", [lambda: kc.Graft("adam"), lambda: [kc.KLClip(1e-3), kc.Graft("adam")]])
+    def test_what_a_trust_region_keeps_goes_with_it(self, tmp_path, regions):
+        kfac, criterion, optimizer = build(model := network(), trust_region=regions())
+        train(model, criterion, optimizer, batches(2))
+        dcp.save({"kfac": kfac}, checkpoint_id=tmp_path)
+        other = build(network(), trust_region=regions())[0]
+        dcp.load({"kfac": other}, checkpoint_id=tmp_path)
         assert same(everything(other), everything(kfac))
 
     def test_a_state_from_before_the_first_capture_is_loaded_into_one_that_has_run(self, tmp_path):

@@ -52,7 +52,7 @@ def everything(kfac: kc.KFAC) -> dict[str, Tensor]:
         if isinstance(value, dict):
             for key, child in value.items():
                 walk(f"{path}/{key}", child)
-        elif isinstance(value, tuple):
+        elif isinstance(value, (tuple, list)):
             for index, child in enumerate(value):
                 walk(f"{path}/{index}", child)
         elif isinstance(value, Tensor):
@@ -185,13 +185,21 @@ DAMAGES = {
     "a list": (lambda state: [1, 2], "not a KFAC state: found list"),
     "a model's": (lambda state: network().state_dict(), r"not a KFAC state: found \['0.weight'"),
     "mixed keys": (lambda state: {1: 2, "a": 3}, "not a KFAC state"),
-    "another version": (changed("version", value=99), "version 99; this library reads version 4"),
+    "another version": (changed("version", value=99), "version 99; this library reads version 5"),
     "no step": (changed("step", drop=True), r"without \['step'\]"),
     "no layers": (changed("layers", drop=True), r"without \['layers'\]"),
     "layers a list": (changed("layers", value=[1]), "layers are list, expected pairs"),
-    "step a word": (changed("step", value="many"), "counts cannot be read"),
-    "health a list": (changed("health", value=[]), "counts cannot be read"),
-    "gathered none": (changed("gathered", value=None), "counts cannot be read"),
+    "step a word": (changed("step", value="many"), "cannot be read"),
+    "health a list": (changed("health", value=[]), "cannot be read"),
+    "gathered none": (changed("gathered", value=None), "cannot be read"),
+    "heads none": (changed("heads"), "cannot be read"),
+    "functional none": (changed("functional"), "cannot be read"),
+    "version several": (changed("version", value=torch.ones(2)), "cannot be read"),
+    "average not a number": (
+        changed(*LAYER, "average", "A_weight", value=torch.tensor(torch.nan)),
+        "'2': A_weight not",
+    ),
+    "inverse infinite": (changed(*LAYER, "inverse", "A", value=torch.full((5, 5), torch.inf)), "'2': A not finite"),
     "no health counts": (changed("health", "skipped_captures", drop=True), "skipped_captures"),
     "a layer too few": (changed(*LAYER, drop=True), r"layers missing in it \['2'\]"),
     "a layer too many": (changed("layers", "9", value={}), r"the model has not \['9'\]"),

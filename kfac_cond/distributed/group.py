@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -101,9 +102,17 @@ class Group:
         return found
 
     def part(self, ranks: list[int]) -> Group:
-        """A group of some of its ranks, this one among them; its members alone call it."""
+        """A group of some of its ranks, this one among them, with the same timeout; its members alone call it."""
         named = [self._named(rank) for rank in ranks]
-        return Group(dist.new_group(named, use_local_synchronization=True))
+        # Torch gives a new group the timeout of its own, half an hour, whatever that of the others is.
+        return Group(dist.new_group(named, timeout=self._timeout, use_local_synchronization=True))
+
+    @property
+    def _timeout(self) -> timedelta | None:
+        """How long its collectives wait; None where its backend does not say."""
+        group: Any = self.group or dist.group.WORLD
+        options: list[Any] = [getattr(group._get_backend(one), "options", None) for one in group._device_types]
+        return min((one._timeout for one in options if hasattr(one, "_timeout")), default=None)
 
     def _named(self, rank: int) -> int:
         """The number of a rank among all processes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..costs import Costing
 from ..damping import Rule
-from ..errors import KFACError, RankError
+from ..errors import RankError
 from ..layers.layer import Layer
 from ..layers.summed import Bases
 from ..linalg.ladder import Rung
@@ -304,27 +304,37 @@ class Ranks:
     # -- by itself, on each ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def alike(self, what: str) -> Iterator[None]:
+    def alike(self, what: str) -> Iterator[dict[str, Any]]:
         """What each rank does by itself, on all of them or on none: an error of one is an error of all, at its end.
+
+        Within it there is a dictionary, whose entries are to be the same on all ranks.
 
         Args:
             what: is done, in messages.
 
         Raises:
-            RankError: another rank met an error, or did not take part.
+            RankError: another rank met an error, has another entry, or did not take part.
         """
+        noted: dict[str, Any] = {}
         if self.size == 1:
-            yield
+            yield noted
             return
         try:
-            yield
-        except KFACError as error:
+            yield noted
+        except Exception as error:
             # Said before it is raised: the others would go on without this rank.
-            self.group.objects(str(error), what)
+            self.group.objects((str(error) or repr(error), noted), what)
             raise
-        for rank, refusal in enumerate(self.group.objects(None, what)):
+        found = self.group.objects((None, noted), what)
+        for rank, (refusal, _) in enumerate(found):
             if refusal is not None:
                 raise RankError(f"rank {rank} refused {what}, which is then taken over by none: {refusal}")
+        for rank, (_, other) in enumerate(found):
+            if other != found[0][1]:
+                raise RankError(
+                    f"rank 0 has {what} with {found[0][1]}, and rank {rank} with {other}; it is taken over by none. "
+                    f"Expected the same on all ranks: load the same checkpoint on each."
+                )
 
     # -- everything, on all -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond import factors
+from kfac_cond.distributed.group import Group
 
 from ..reference import assert_same
 from . import cases, test_sharded
@@ -201,6 +203,15 @@ def test_an_exception_on_one_rank_ends_all_within_the_timeout(way, where, own, o
     assert first[1] < LIMIT
 
 
+def test_ranks_of_a_part_wait_as_long_as_all_do():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=TIMEOUT))
+    try:
+        part: Any = Group().part([0]).group
+        assert part._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=TIMEOUT)
+    finally:
+        dist.destroy_process_group()
+
+
 def full_disk(rank: int, world: int, folder: str) -> tuple[str, dict[str, Tensor]]:
     """The disk of the first rank is full at the second save; the run goes on."""
     made = Made("ddp", rank, world)
@@ -236,6 +247,7 @@ SPOILED: dict[str, Spoiled] = {
     "older": lambda state: state | {"version": 1},
     "foreign": lambda state: {"weights": 1},
     "of another model": lambda state: state | {"layers": tuple(one for one in state["layers"] if one[0] != "out")},
+    "of another step": lambda state: state | {"step": 1},
     "torn": lambda state: {key: value for key, value in state.items() if key != "health"},
 }
 
@@ -269,6 +281,14 @@ def test_a_state_that_is_refused_is_refused_by_name_on_all_ranks(spoiled, says, 
         assert kind == ("StateError" if rank in ranks else "RankError")
         assert says in message
         assert rank in ranks or "rank 1 refused the state" in message
+        same(parameters)
+
+
+def test_states_of_different_steps_are_refused_on_all_ranks():
+    for result in results():
+        kind, message, parameters = result["of another step", 1]
+        assert kind == "RankError"
+        assert "rank 0 has the state with {'step': 2" in message and "rank 1 with {'step': 1" in message
         same(parameters)
 
 

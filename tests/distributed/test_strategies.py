@@ -54,6 +54,7 @@ def test_ranks_train_as_one_process_does(world, strategy, case):
     for rank in range(world):
         found = results(world)[rank][case, strategy]
         assert found["plain"] == expected["plain"]
+        assert found["fisher"].keys() == expected["fisher"].keys()
         for name, block in expected["fisher"].items():
             assert_same(found["fisher"][name], block)
         for name, parameter in expected["parameters"].items():

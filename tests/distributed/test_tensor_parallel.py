@@ -133,7 +133,7 @@ def saved(mesh: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def wrapped_before(mesh: Any) -> tuple[str, dict[str, Any]]:
     """What is said when a wrapped model is cut, and its run after a refresh."""
-    case = CASES["perceptron"]
+    case = CASES["sum"]
     model = parallel.built(case)
     kfac = parallel.wrapped(case, model)
     parallel.cut(model, mesh, case.plan())
@@ -232,7 +232,7 @@ def test_a_state_knows_nothing_of_the_mesh():
 
 
 def test_a_model_that_is_cut_after_it_was_wrapped_asks_for_a_refresh():
-    expected = parallel.alone(CASES["perceptron"], [ALL])
+    expected = parallel.alone(CASES["sum"], [ALL])
     for said, ended in (result["wrapped before"] for result in results()):
         assert said.startswith("ModelChangedError: layer 'up' has other parameters than when it was wrapped")
         assert "kfac.refresh()" in said
