@@ -128,7 +128,8 @@ def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
     return {
         "shape": list(layer.layout.matrix_shape),
         "parameters": list(layer.layout.names),
-        "average": factors.average.layer_state(name),
+        # Copies: the averages are changed in place by the steps to come.
+        "average": {key: tensor.clone() for key, tensor in factors.average.layer_state(name).items()},
         "inverse": inverse_state(factors.inverses.get(name)),
         **({} if reference is None else {"reference": dict(zip("AG", reference, strict=True))}),
     }
