@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
+from .ladder import Rung, has_float64, read_status, size_groups
 from .moments import trace
 from .products import symmetrise
 from .sides import Diagonal, Side, identity_like
@@ -137,8 +136,8 @@ def _cholesky_inverses(
     """
     counts = [matrix.shape[:-2].numel() for matrix in matrices]
     added = [damping.expand(matrix.shape[:-2]).reshape(-1) for matrix, damping in zip(matrices, dampings, strict=True)]
-    batch = _spread(stack_flat(matrices).to(dtype))
     d = matrices[0].shape[-1]
+    batch = _bordered(matrices, dtype or matrices[0].dtype)
     batch[:, :d, :d].diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(batch)
     # A zero pivot would make the inversion raise for the whole batch; what failed is discarded below.
@@ -157,14 +156,19 @@ def _cholesky_inverses(
     return inverses, torch.stack(finite) & torch.stack(positive)
 
 
-def _spread(batch: Tensor) -> Tensor:
-    """Matrices [k, d, d] with one more row and column, those of the identity, where the size is a crowded one."""
-    d = batch.shape[-1]
-    if d % CROWDED.get(batch.device.type, d + 1):
-        return batch
-    bordered = F.pad(batch, (0, 1, 0, 1))
-    bordered[:, d, d] = 1.0
-    return bordered
+def _bordered(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies of matrices [..., d, d] one after another, each with the identity's row and column where d is crowded."""
+    first = matrices[0]
+    d = first.shape[-1]
+    size = d + (d % CROWDED.get(first.device.type, d + 1) == 0)
+    counts = [matrix.shape[:-2].numel() for matrix in matrices]
+    batch = torch.empty(sum(counts), size, size, dtype=dtype, device=first.device)
+    for part, matrix in zip(torch.split(batch[:, :d, :d], counts), matrices, strict=True):
+        part.copy_(matrix.reshape(part.shape))
+    if size > d:
+        batch[:, d], batch[:, :, d] = 0.0, 0.0
+        batch[:, d, d] = 1.0
+    return batch
 
 
 def _raised(matrix: Side, damping: Tensor, factor: float) -> Tensor:

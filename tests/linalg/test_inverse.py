@@ -9,6 +9,8 @@ from torch import Tensor
 from kfac_cond.linalg import ladder
 from kfac_cond.linalg.inverse import CROWDED, Rung, damped_inverses
 
+from ..passes import Passes
+
 SHAPES = [(3, 3), (5, 5), (2, 3, 3), (3, 3), (4, 5, 5), (1, 1)]
 NAN = torch.full((3, 3), torch.nan, dtype=torch.float64)
 
@@ -90,6 +92,15 @@ def test_a_crowded_size_is_factorised_with_one_more_row(
         torch.testing.assert_close(inverse, reference(matrix, 0.3), rtol=0, atol=1e-10)
     assert sizes == [CROWDED["cpu"] + 1, CROWDED["cpu"] + 2]
     assert rungs == [Rung.FIRST] * 2
+
+
+def test_no_work_buffer_holds_more_than_one_large_matrix() -> None:
+    d = 520
+    matrices = [torch.eye(d, dtype=torch.float64) * (i + 1) for i in range(3)]
+    with Passes() as passes:
+        inverses, _ = damped_inverses(matrices, [number(1.0)] * 3, [None] * 3)
+    torch.testing.assert_close(inverses[2], torch.eye(d, dtype=torch.float64) / 4)
+    assert passes.largest == d * d
 
 
 @pytest.mark.parametrize(("damping", "added"), [(0.2, 2.0), (0.02, 2.0)])
