@@ -9,6 +9,7 @@ apart, and on the way back reads only the keys that the new object has. A tuple 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -200,7 +201,8 @@ def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
     """What forwards left that no step has taken yet: the half of a loop that runs after the step."""
-    return {**statistics.state(), "captures": flags.captures, "flags": dict(flags.counts)}
+    # A copy: what is gathered next is added in place.
+    return {**copy.deepcopy(statistics.state()), "captures": flags.captures, "flags": dict(flags.counts)}
 
 
 def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slots: Slots) -> tuple[Statistics, Flags]:

@@ -130,7 +130,7 @@ class Statistics:
     def merged(self, other: Statistics) -> Statistics:
         """The statistics of both pieces of data; a piece that is not finite adds nothing.
 
-        Consumes both: sums are added in place where that is safe.
+        Consumes both: sums are added in place.
         """
         mine, theirs = self.or_zero(), other.or_zero()
         layers = dict(mine.layers)
@@ -170,13 +170,14 @@ class Statistics:
         return cls(layers, divisor, slots, int(state["examples"]), finite, flags)
 
     def or_zero(self) -> Statistics:
-        """Itself where finite, else all zeros, decided on the device."""
+        """Itself where finite, else all zeros, decided on the device; its sums are changed in place."""
 
         def keep(x: Tensor) -> Tensor:
-            return torch.where(self.finite.to(x.device), x, 0)
+            return x.masked_fill_(~self.finite.to(x.device), 0)
 
         layers = {name: LayerSums(keep(sums.A), keep(sums.A_count), keep(sums.G)) for name, sums in self.layers.items()}
-        return Statistics(layers, keep(self.divisor), self.slots, self.examples, self.finite)
+        divisor = torch.where(self.finite.to(self.divisor.device), self.divisor, 0)
+        return Statistics(layers, divisor, self.slots, self.examples, self.finite)
 
 
 def _added(mine: LayerSums, theirs: LayerSums) -> LayerSums:

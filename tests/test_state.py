@@ -293,3 +293,18 @@ def test_a_state_stays_as_it_was_while_training_goes_on_from_it():
     kfac.load_state_dict(state)
     run(kfac, model, optimizer, batches(3), criterion=criterion)
     assert same(flattened(state), before)
+
+
+def test_a_state_keeps_what_was_gathered_as_it_was():
+    model = network()
+    kfac, criterion, _ = build(model)
+    (one, two), (three, four) = batches(2), batches(2, seed=2)
+    criterion(model(one[0]), one[1]).backward()
+    state = kfac.state_dict()
+    before = flattened(state)
+    criterion(model(two[0]), two[1]).backward()
+    kfac.load_state_dict(state)
+    criterion(model(three[0]), three[1]).backward()
+    criterion(model(four[0]), four[1]).backward()
+    assert len(state["gathered"])
+    assert same(flattened(state), before)

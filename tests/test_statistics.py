@@ -88,6 +88,25 @@ def test_a_piece_that_is_not_finite_adds_nothing_to_the_other(flip, value):
     assert bool(merged.nonfinite["a"])
 
 
+def test_merging_is_three_passes_over_each_factor_in_their_own_memory():
+    d = 50
+    first, second = (
+        Statistics(
+            {"a": LayerSums(torch.eye(d), torch.tensor(4), torch.eye(d)[None])},
+            torch.tensor([2.0]),
+            Slots(),
+            5,
+            torch.tensor(True),
+        )
+        for _ in range(2)
+    )
+    kept = first.layers["a"].A
+    with Passes(least=d * d) as passes:
+        merged = first.merged(second)
+    assert merged.layers["a"].A is kept
+    assert passes.written == 2 * 3 * d * d
+
+
 def test_two_pieces_that_are_not_finite_are_not_finite():
     assert not piece(float("nan")).merged(piece(float("inf"))).finite
 
