@@ -269,14 +269,14 @@ class Pass:
         )
 
     def fishers(self, total: Statistics, words: Sequence[str]) -> list[Fisher]:
-        """The sums divided, in each of the structures."""
+        """The sums divided, in each of the structures; nothing else is to read them afterwards."""
         counts = self._counts(total)
-        everything = self._blocks(total, None)
         # Group by group: what the draws of each alone give.
         groups = [
-            (self.slots.share(group), self._blocks(total, group))
+            (self.slots.share(group), self._blocks(self.factors(total, group), total, group))
             for group in range(self.slots.groups if self.slots.groups > 1 else 0)
         ]
+        everything = self._blocks(self.factors(total, spent=True), total, None)
         fishers = []
         for index, word in enumerate(words):
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
@@ -299,29 +299,33 @@ class Pass:
                 counts["of_gradients"] = of_gradients
         return counts
 
-    def _blocks(self, total: Statistics, group: int | None) -> list[dict[str, Block]]:
+    def _blocks(
+        self, factors: Mapping[str, KroneckerBlock], total: Statistics, group: int | None
+    ) -> list[dict[str, Block]]:
         """The blocks of each structure, of all draws or of one group of them."""
-        factors = self.factors(total, group)
         if self.kind == "forward_only":
             return [one.of_kronecker(factors) for one in self.stored]
         scales = self.slots.scales(total.divisor, group)
         return [one.blocks(factors, scales) for one in self.stored]
 
-    def factors(self, total: Statistics, group: int | None = None) -> dict[str, KroneckerBlock]:
-        """G (x) A of the layers that took part and whose moments were asked for; with ``group`` of its draws alone."""
+    def factors(self, total: Statistics, group: int | None = None, *, spent: bool = False) -> dict[str, KroneckerBlock]:
+        """G (x) A of the layers that took part and whose moments were asked for; with ``group`` of its draws alone.
+
+        The sums are divided where they are if they are ``spent``: nothing reads them afterwards.
+        """
         factors = {}
         scales = self.slots.scales(total.divisor, group)
         for name, layer in self.layers.items():
             sums = total.layers.get(name)
             if sums is None or name not in self.wanted.moments:
                 continue
-            A = sums.A / sums.A_count
+            A = sums.A.div_(sums.A_count) if spent else sums.A / sums.A_count
             if self.kind == "forward_only":
                 _, shape = layer.layout.side_shapes(layer.max_factor_dim)
                 leading = len(layer.layout.matrix_shape) - 2
                 G = stored_identity(shape, leading=leading, like=A)
             else:
-                G = combined(sums.G, scales)
+                G = combined(sums.G, scales, spent=spent)
             factors[name] = KroneckerBlock(layer.layout, *layer.factors(A, G), name=name)
         return factors
 

@@ -9,6 +9,7 @@ apart, and on the way back reads only the keys that the new object has. A tuple 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
     return {
         "shape": list(layer.layout.matrix_shape),
         "parameters": list(layer.layout.names),
-        "average": factors.average.layer_state(name),
+        # Copies: the averages are changed in place by the steps to come.
+        "average": {key: tensor.clone() for key, tensor in factors.average.layer_state(name).items()},
         "inverse": inverse_state(factors.inverses.get(name)),
         **({} if reference is None else {"reference": dict(zip("AG", reference, strict=True))}),
     }
@@ -212,7 +214,8 @@ def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:
 
 def _gathered_state(statistics: Statistics, flags: Flags) -> dict[str, Any]:
     """What forwards left that no step has taken yet: the half of a loop that runs after the step."""
-    return {**statistics.state(), "captures": flags.captures, "flags": dict(flags.counts)}
+    # A copy: what is gathered next is added in place.
+    return {**copy.deepcopy(statistics.state()), "captures": flags.captures, "flags": dict(flags.counts)}
 
 
 def _loaded_gathered(layers: Mapping[str, Layer], entry: Mapping[str, Any], slots: Slots) -> tuple[Statistics, Flags]:

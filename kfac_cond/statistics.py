@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
@@ -79,10 +78,18 @@ class Slots:
         return torch.stack([a + b if adds else torch.maximum(a, b) for adds, a, b in pairs])
 
 
-def combined(sums: Tensor | Mapping[int, Tensor], scales: Mapping[int, Tensor]) -> Tensor:
-    """The sums of all slots, each times its scale, as one; a slot that nothing was added to may be absent."""
-    present = scales if isinstance(sums, Tensor) else [slot for slot in scales if slot in sums]
-    return reduce(torch.add, [sums[slot] * scales[slot].to(sums[slot]) for slot in present])
+def combined(sums: Tensor | Mapping[int, Tensor], scales: Mapping[int, Tensor], *, spent: bool = False) -> Tensor:
+    """The sums of all slots, each times its scale, as one; a slot that nothing was added to may be absent.
+
+    Where nothing reads them afterwards, as they are ``spent``, and there is one slot, it is scaled where it is.
+    """
+    first, *others = scales if isinstance(sums, Tensor) else [slot for slot in scales if slot in sums]
+    scale = scales[first].to(sums[first])
+    # Of several the result would keep the memory of all.
+    total = sums[first].mul_(scale) if spent and len(sums) == 1 else sums[first] * scale
+    for slot in others:
+        total.addcmul_(sums[slot], scales[slot].to(total))
+    return total
 
 
 @dataclass
@@ -123,7 +130,7 @@ class Statistics:
     def merged(self, other: Statistics) -> Statistics:
         """The statistics of both pieces of data; a piece that is not finite adds nothing.
 
-        Consumes both: sums are added in place where that is safe.
+        Consumes both: sums are added in place.
         """
         mine, theirs = self.or_zero(), other.or_zero()
         layers = dict(mine.layers)
@@ -163,13 +170,14 @@ class Statistics:
         return cls(layers, divisor, slots, int(state["examples"]), finite, flags)
 
     def or_zero(self) -> Statistics:
-        """Itself where finite, else all zeros, decided on the device."""
+        """Itself where finite, else all zeros, decided on the device; its sums are changed in place."""
 
         def keep(x: Tensor) -> Tensor:
-            return torch.where(self.finite.to(x.device), x, 0)
+            return x.masked_fill_(~self.finite.to(x.device), 0)
 
         layers = {name: LayerSums(keep(sums.A), keep(sums.A_count), keep(sums.G)) for name, sums in self.layers.items()}
-        return Statistics(layers, keep(self.divisor), self.slots, self.examples, self.finite)
+        divisor = torch.where(self.finite.to(self.divisor.device), self.divisor, 0)
+        return Statistics(layers, divisor, self.slots, self.examples, self.finite)
 
 
 def _added(mine: LayerSums, theirs: LayerSums) -> LayerSums:
@@ -218,26 +226,22 @@ class MovingAverage:
         self.G_weight: dict[str, Tensor | None] = dict.fromkeys(names)
 
     def update(self, statistics: Statistics, *, decay: float) -> None:
-        """Take in one capture; ``decay`` is rho in [0, 1)."""
+        """Take in one capture, whose sums are changed in place; ``decay`` is rho in [0, 1)."""
         usable = statistics.finite & (statistics.divisor > 0)
         for name, weight in self.G_weight.items():
             sums = statistics.layers.get(name)
             used = torch.zeros_like(statistics.finite)
             if sums is not None:
                 used = usable.any().to(sums.A.device) & (sums.A_count > 0)
-                before = self._like(self.A, name, sums.A), self._weight(self.A_weight.get(name), sums.A_count)
-                self.A[name], self.A_weight[name] = _blended(before, sums.A / sums.A_count, used, decay)
-            gradient = None if sums is None else sums.G
-            if gradient is None:
-                # Without a shape yet, it is the weight alone that counts.
-                gradient = (
-                    torch.zeros_like(self.G[name]) if name in self.G else usable.new_zeros((), dtype=torch.float32)
-                )
-            before = self._like(self.G, name, gradient), self._weight(weight, usable.to(gradient.device))
-            M = _wide(statistics.divisor.to(gradient.device, gradient.dtype), gradient)
-            average, self.G_weight[name] = _blended(before, gradient / M, usable.to(gradient.device), decay)
-            if gradient.ndim:
-                self.G[name] = average
+                A = self.A[name] = self._like(self.A, name, sums.A)
+                _blend(A, (sums.A, sums.A_count), used, decay)
+                self.A_weight[name] = _counted(self._weight(self.A_weight.get(name), sums.A_count), used, decay)
+                self.G[name] = self._like(self.G, name, sums.G)
+            like = self.G.get(name, usable)
+            taken = usable.to(like.device)
+            if name in self.G:
+                _blend(like, None if sums is None else (sums.G, statistics.divisor.to(like.device)), taken, decay)
+            self.G_weight[name] = _counted(self._weight(weight, taken), taken, decay)
             if name in self.needed:
                 self._count(name, used, usable.any(), decay)
 
@@ -275,14 +279,14 @@ class MovingAverage:
         return fresh
 
     def layer_state(self, name: str) -> dict[str, Tensor]:
-        """What is stored of a layer: any of A, A_weight, G, G_weight, draws, draws_squared."""
+        """What is stored of a layer now: any of A, A_weight, G, G_weight, draws, draws_squared."""
         return {key: tensor for key, store in self._stores().items() if (tensor := store.get(name)) is not None}
 
     def load_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``layer_state`` gave."""
+        """Take over what ``layer_state`` gave, in tensors of its own: those here are changed in place."""
         stores = self._stores()
         for key, tensor in tensors.items():
-            stores[key][name] = tensor
+            stores[key][name] = tensor.clone()
 
     def _stores(self) -> dict[str, dict[str, Any]]:
         return {
@@ -329,11 +333,26 @@ class MovingAverage:
         return [name for name in self.G_weight if name in self.A and name in self.G]
 
 
-def _blended(before: tuple[Tensor, Tensor], new: Tensor, used: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """(rho x + new, rho w + 1) where ``used``, else as before (0 times NaN would not be zero: hence where)."""
-    x, weight = before
-    blended = torch.where(_wide(used, x), x * decay + new.to(x.dtype), x)
-    return blended, torch.where(used, weight * decay + 1, weight)
+def _blend(average: Tensor, new: tuple[Tensor, Tensor] | None, used: Tensor, decay: float) -> None:
+    """rho x + sum / divisor in the place of x where ``used``, else x as it is: no memory but that of both.
+
+    Args:
+        average: x.
+        new: (sum, divisor), of which the sum is changed; None for zero.
+        used: 0-d, or of each head.
+        decay: rho.
+    """
+    average.mul_(_wide(torch.where(used, torch.full_like(used, decay, dtype=average.dtype), 1), average))
+    if new is not None:
+        summed, divisor = new
+        # 0 times NaN would not be zero.
+        summed.masked_fill_(~_wide(used, summed), 0)
+        average.addcmul_(summed, _wide(torch.where(used, divisor.to(average.dtype).reciprocal(), 0), average))
+
+
+def _counted(weight: Tensor, used: Tensor, decay: float) -> Tensor:
+    """rho w + 1 where ``used``, else w."""
+    return torch.where(used, weight * decay + 1, weight)
 
 
 def _wide(numbers: Tensor, like: Tensor) -> Tensor:

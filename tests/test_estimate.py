@@ -24,6 +24,7 @@ from .helpers import (
     classifier,
     plain_factors,
 )
+from .passes import Passes
 from .reference import assert_same
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -445,3 +446,12 @@ def test_products_are_made_in_the_wider_dtype():
 def test_a_dtype_that_statistics_cannot_have_is_refused(dtype):
     with pytest.raises(kc.ArgumentError, match=r"expected torch\.float32 or torch\.float64"):
         kc.Options(dtype=dtype)
+
+
+def test_a_batch_is_one_forward_a_backward_without_weight_gradients_and_two_products_a_layer():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    with Passes() as passes:
+        kc.estimate(model, [torch.randn(11, 3)], "categorical")
+    forward, backward = [(11, 3, 5), (11, 5, 7), (11, 7, 2)], [(11, 2, 7), (11, 7, 5)]
+    moments = [(d, 11, d) for d in (3, 5, 7, 5, 7, 2)]
+    assert sorted(passes.products) == sorted([*forward, *backward, *moments])

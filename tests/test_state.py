@@ -46,6 +46,10 @@ def through_a_file(state: Any) -> Any:
 
 def everything(kfac: kc.KFAC) -> dict[str, Tensor]:
     """Every tensor of the state by path, and its counts."""
+    return flattened(kfac.state_dict())
+
+
+def flattened(state: Any) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
 
     def walk(path: str, value: Any) -> None:
@@ -60,7 +64,7 @@ def everything(kfac: kc.KFAC) -> dict[str, Tensor]:
         elif isinstance(value, int | float):
             flat[path] = torch.tensor(value)
 
-    walk("", kfac.state_dict())
+    walk("", state)
     return flat
 
 
@@ -285,3 +289,30 @@ def test_a_capture_after_the_step_survives_a_resume(stop):
     for number in range(stop, 5):
         iterate(resumed, criterion, optimizer, number)
     assert torch.equal(resumed.weight, model.weight)
+
+
+def test_a_state_stays_as_it_was_while_training_goes_on_from_it():
+    model = network()
+    kfac, criterion, optimizer = build(model)
+    run(kfac, model, optimizer, batches(3), criterion=criterion)
+    state = kfac.state_dict()
+    before = flattened(state)
+    run(kfac, model, optimizer, batches(3), criterion=criterion)
+    kfac.load_state_dict(state)
+    run(kfac, model, optimizer, batches(3), criterion=criterion)
+    assert same(flattened(state), before)
+
+
+def test_a_state_keeps_what_was_gathered_as_it_was():
+    model = network()
+    kfac, criterion, _ = build(model)
+    (one, two), (three, four) = batches(2), batches(2, seed=2)
+    criterion(model(one[0]), one[1]).backward()
+    state = kfac.state_dict()
+    before = flattened(state)
+    criterion(model(two[0]), two[1]).backward()
+    kfac.load_state_dict(state)
+    criterion(model(three[0]), three[1]).backward()
+    criterion(model(four[0]), four[1]).backward()
+    assert len(state["gathered"])
+    assert same(flattened(state), before)

@@ -19,6 +19,7 @@ from kfac_cond.statistics import (
     statistic_dtype,
 )
 
+from .passes import Passes
 from .reference import assert_same
 
 
@@ -85,6 +86,25 @@ def test_a_piece_that_is_not_finite_adds_nothing_to_the_other(flip, value):
     assert (merged.divisor, merged.layers["a"].A_count) == (2.0, 4)
     assert bool(merged.finite)
     assert bool(merged.nonfinite["a"])
+
+
+def test_merging_is_three_passes_over_each_factor_in_their_own_memory():
+    d = 50
+    first, second = (
+        Statistics(
+            {"a": LayerSums(torch.eye(d), torch.tensor(4), torch.eye(d)[None])},
+            torch.tensor([2.0]),
+            Slots(),
+            5,
+            torch.tensor(True),
+        )
+        for _ in range(2)
+    )
+    kept = first.layers["a"].A
+    with Passes(least=d * d) as passes:
+        merged = first.merged(second)
+    assert merged.layers["a"].A is kept
+    assert passes.written == 2 * 3 * d * d
 
 
 def test_two_pieces_that_are_not_finite_are_not_finite():
@@ -234,6 +254,33 @@ def test_a_layers_state_goes_round():
     fresh.update(piece(7.0), decay=0.9)
     assert torch.equal(fresh.factors("a")[0], average.factors("a")[0])
     assert torch.equal(fresh.factors("b")[1], average.factors("b")[1])
+
+
+def test_what_was_handed_on_stays_as_it_was():
+    average, fresh = averaged(piece(1.0)), MovingAverage("ab")
+    fresh.load_layer("a", average.layer_state("a"))
+    before = [factor.clone() for factor in average.factors("a")]
+    fresh.update(piece(7.0), decay=0.9)
+    assert [torch.equal(*pair) for pair in zip(before, average.factors("a"), strict=True)] == [True, True]
+
+
+def test_a_capture_is_three_passes_over_each_factor_in_their_own_memory():
+    d = 50
+    pieces = [LayerSums(torch.eye(d), torch.tensor(4), torch.eye(d)[None]) for _ in range(2)]
+    first, second = (Statistics({"a": one}, torch.tensor([2.0]), Slots(), 5, torch.tensor(True)) for one in pieces)
+    average = averaged(first, names="a")
+    with Passes(least=d * d) as passes:
+        average.update(second, decay=0.9)
+    assert passes.written <= 2 * 3 * d * d
+
+
+def test_spent_sums_are_scaled_where_they_are():
+    sums, scales = torch.eye(50)[None], {0: torch.tensor(3.0)}
+    with Passes(least=50 * 50) as passes:
+        found = combined(sums, scales, spent=True)
+    assert_same(found, 3.0 * torch.eye(50))
+    assert passes.written == 50 * 50
+    assert found.data_ptr() == sums.data_ptr()
 
 
 def test_restricted_keeps_what_stays_and_forgets_the_rest():

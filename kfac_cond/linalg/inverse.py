@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .ladder import Rung, has_float64, read_status, size_groups, stack_flat
+from .ladder import Rung, has_float64, read_status, size_groups
 from .moments import trace
 from .products import symmetrise
 from .sides import Diagonal, Side, identity_like
@@ -17,6 +17,10 @@ __all__ = ["Rung", "attempted_inverses", "damped_inverses"]
 
 MORE_DAMPING = (10.0, 100.0)
 """Multiples of max(damping, eps tr / d) that the second rung tries."""
+
+CROWDED = {"cpu": 128}
+"""Sizes whose multiples make a factorisation slow, by type of device: the numbers of a column fall into few places of a
+cache that goes by address, and push each other out."""
 
 
 def damped_inverses(
@@ -131,9 +135,10 @@ def _cholesky_inverses(
     Beside the inverses themselves the peak is one copy of the batch.
     """
     counts = [matrix.shape[:-2].numel() for matrix in matrices]
-    batch = stack_flat(matrices).to(dtype)
     added = [damping.expand(matrix.shape[:-2]).reshape(-1) for matrix, damping in zip(matrices, dampings, strict=True)]
-    batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
+    d = matrices[0].shape[-1]
+    batch = _bordered(matrices, dtype or matrices[0].dtype)
+    batch[:, :d, :d].diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(batch)
     # A zero pivot would make the inversion raise for the whole batch; what failed is discarded below.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1.0)
@@ -143,12 +148,27 @@ def _cholesky_inverses(
     # A tensor of its own for each: a view would keep the whole batch alive.
     inverses = [
         symmetrise(part).reshape(matrix.shape).to(matrix.dtype)
-        for matrix, part in zip(matrices, torch.split(batch, counts), strict=True)
+        for matrix, part in zip(matrices, torch.split(batch[:, :d, :d], counts), strict=True)
     ]
-    # The largest entry is finite exactly where all are, and needs no mask as large as the inverse.
-    finite = [torch.isfinite(torch.linalg.vector_norm(inverse, ord=torch.inf)) for inverse in inverses]
+    # The least and the largest entry are finite exactly where all are, and need no mask as large as the inverse.
+    finite = [torch.isfinite(torch.stack(torch.aminmax(inverse))).all() for inverse in inverses]
     positive = [(part == 0).all() for part in torch.split(info, counts)]
     return inverses, torch.stack(finite) & torch.stack(positive)
+
+
+def _bordered(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies of matrices [..., d, d] one after another, each with the identity's row and column where d is crowded."""
+    first = matrices[0]
+    d = first.shape[-1]
+    size = d + (d % CROWDED.get(first.device.type, d + 1) == 0)
+    counts = [matrix.shape[:-2].numel() for matrix in matrices]
+    batch = torch.empty(sum(counts), size, size, dtype=dtype, device=first.device)
+    for part, matrix in zip(torch.split(batch[:, :d, :d], counts), matrices, strict=True):
+        part.copy_(matrix.reshape(part.shape))
+    if size > d:
+        batch[:, d], batch[:, :, d] = 0.0, 0.0
+        batch[:, d, d] = 1.0
+    return batch
 
 
 def _raised(matrix: Side, damping: Tensor, factor: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from math import prod
 
 import torch
 from torch import Tensor
@@ -31,8 +32,13 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+TOGETHER = {"cpu": 2**18}
+"""Numbers of the matrices of one batched call at most, by type of device, unless one alone has more: the host
+factorises them one after another in any case, and a small work buffer is not fetched from the system anew."""
+
+
 def size_groups(matrices: Sequence[Side], indices: Sequence[int]) -> list[list[int]]:
-    """The indices of matrices that can share one batched call, in order of appearance.
+    """The indices of matrices that share one batched call, in order of appearance.
 
     They have one size, dtype and device, and are whole all or diagonal all.
     """
@@ -41,7 +47,23 @@ def size_groups(matrices: Sequence[Side], indices: Sequence[int]) -> list[list[i
         matrix = matrices[index]
         key = (isinstance(matrix, Diagonal), matrix.shape[-1], matrix.dtype, matrix.device)
         groups.setdefault(key, []).append(index)
-    return list(groups.values())
+    return [part for group in groups.values() for part in _in_parts(matrices, group)]
+
+
+def _in_parts(matrices: Sequence[Side], group: Sequence[int]) -> list[list[int]]:
+    """One group as parts of no more numbers than go together on its device."""
+    most = TOGETHER.get(matrices[group[0]].device.type)
+    parts: list[list[int]] = [[]]
+    room = most
+    for index in group:
+        size = prod(matrices[index].shape)
+        if most is not None and room is not None:
+            if size > room and parts[-1]:
+                parts.append([])
+                room = most
+            room -= size
+        parts[-1].append(index)
+    return parts
 
 
 def stack_flat(matrices: Sequence[Tensor]) -> Tensor:

@@ -11,9 +11,9 @@ from .sides import Side, as_side
 
 
 @sparse.form(patches.outer_products, of=patches.PatchRows)
-def outer_products(x: Tensor) -> Tensor:
-    """The sum over n of x_n x_n^T, [..., d, d], exactly symmetric; ``x`` as for ``second_moment``."""
-    return gram(x)
+def outer_products(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The sum over n of x_n x_n^T, [..., d, d], exactly symmetric, in ``out`` where given; ``x`` as there."""
+    return gram(x, out=out)
 
 
 def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
@@ -31,14 +31,13 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
 
     Source: Martens & Grosse 2015 (arXiv:1503.05671), section 3 (homogeneous coordinates for the bias).
     """
-    moment = outer_products(x)
     if not ones:
-        return moment
+        return outer_products(x)
     # Concatenating the column of ones to x would copy all n rows of it; the borders alone are d + 1 numbers.
     n, d = x.shape[-2:]
     column_sums = x.sum(dim=-2)
-    bordered = moment.new_empty((*moment.shape[:-2], d + 1, d + 1))
-    bordered[..., :d, :d].copy_(moment)
+    bordered = column_sums.new_empty((*x.shape[:-2], d + 1, d + 1))
+    outer_products(x, out=bordered[..., :d, :d])
     bordered[..., :d, d].copy_(column_sums)
     bordered[..., d, :d].copy_(column_sums)
     corner = bordered[..., d, d]

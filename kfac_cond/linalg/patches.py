@@ -291,7 +291,8 @@ def unfolded(a: Any) -> Any:
     return a.to_dense() if isinstance(a, Patches) else a
 
 
-def outer_products(rows: PatchRows) -> Tensor:
+def outer_products(rows: PatchRows, *, out: Tensor | None = None) -> Tensor:
     """The sum of the outer products of rows, [*groups, features, features]: the cheaper way, by counted work."""
     patches = rows.patches
-    return patches.correlated_moment() if patches.correlates else patches.unfolded_moment()
+    moment = patches.correlated_moment() if patches.correlates else patches.unfolded_moment()
+    return moment if out is None else out.copy_(moment)

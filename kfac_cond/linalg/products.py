@@ -22,18 +22,17 @@ def symmetrise(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT).mul_(0.5)
 
 
-def gram(x: Tensor) -> Tensor:
+def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x^T x, symmetric to the last bit; of a large one the blocks below the diagonal are not computed again.
 
     Args:
-        x: [..., n, d]; n may be 0.
+        x: [..., n, d], of which no gradient is asked; n may be 0.
+        out: [..., d, d], where it is put; a tensor of its own for None.
     """
     d = x.shape[-1]
-    if len(_panels(d, x.device)) <= 1:
-        return symmetrise(x.mT @ x)
-    upper = x.new_zeros(*x.shape[:-2], d, d)
-    add_gram(upper, x)
-    return mirrored(upper)
+    out = x.new_empty(*x.shape[:-2], d, d) if out is None else out
+    _multiply_into(out, x, keeping=0)
+    return mirrored(out)
 
 
 def add_gram(upper: Tensor, x: Tensor) -> None:
@@ -43,8 +42,17 @@ def add_gram(upper: Tensor, x: Tensor) -> None:
         upper: [..., d, d], changed in place.
         x: [..., n, d].
     """
+    _multiply_into(upper, x, keeping=1)
+
+
+def _multiply_into(upper: Tensor, x: Tensor, *, keeping: int) -> None:
+    """Blocks of x^T x where they are to be, plus what is there times ``keeping``: no product in memory of its own."""
+    if x.ndim > 3:
+        upper, x = upper.flatten(0, -3), x.flatten(0, -3)
     for panel in _panels(x.shape[-1], x.device):
-        upper[..., panel, panel.start :] += x[..., panel].mT @ x[..., panel.start :]
+        block = upper[..., panel, panel.start :]
+        add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+        add_product(block, x[..., panel].mT, x[..., panel.start :], beta=keeping, out=block)
 
 
 def mirrored(upper: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kfac_cond.linalg import ladder
-from kfac_cond.linalg.inverse import Rung, damped_inverses
+from kfac_cond.linalg.inverse import CROWDED, Rung, damped_inverses
+
+from ..passes import Passes
 
 SHAPES = [(3, 3), (5, 5), (2, 3, 3), (3, 3), (4, 5, 5), (1, 1)]
 NAN = torch.full((3, 3), torch.nan, dtype=torch.float64)
@@ -75,6 +77,30 @@ def test_one_size_is_one_factorisation(spd, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: sizes.append(m.shape) or original(m))
     damped_inverses([spd(*shape) for shape in SHAPES], [number(0.1)] * len(SHAPES), [None] * len(SHAPES))
     assert sizes == [(4, 3, 3), (5, 5, 5), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_a_crowded_size_is_factorised_with_one_more_row(
+    spd, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    original = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: sizes.append(m.shape[-1]) or original(m))
+    matrices = [spd(*leading, d, d) for d in (CROWDED["cpu"], CROWDED["cpu"] + 2)]
+    inverses, rungs = damped_inverses(matrices, [number(0.3)] * 2, [None] * 2)
+    for inverse, matrix in zip(inverses, matrices, strict=True):
+        torch.testing.assert_close(inverse, reference(matrix, 0.3), rtol=0, atol=1e-10)
+    assert sizes == [CROWDED["cpu"] + 1, CROWDED["cpu"] + 2]
+    assert rungs == [Rung.FIRST] * 2
+
+
+def test_no_work_buffer_holds_more_than_one_large_matrix() -> None:
+    d = 520
+    matrices = [torch.eye(d, dtype=torch.float64) * (i + 1) for i in range(3)]
+    with Passes() as passes:
+        inverses, _ = damped_inverses(matrices, [number(1.0)] * 3, [None] * 3)
+    torch.testing.assert_close(inverses[2], torch.eye(d, dtype=torch.float64) / 4)
+    assert passes.largest == d * d
 
 
 @pytest.mark.parametrize(("damping", "added"), [(0.2, 2.0), (0.02, 2.0)])

@@ -11,8 +11,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_cond.layers.sharing import (
@@ -27,6 +25,8 @@ from kfac_cond.linalg.correlations import Axis, _plan, product_count
 from kfac_cond.linalg.moments import second_moment, second_moment_diagonal
 from kfac_cond.linalg.patches import Patches, unfolded
 from kfac_cond.linalg.products import gram_flops
+
+from ..passes import Passes
 
 
 def axis(size: int, kernel: int, stride: int = 1, dilation: int = 1, low: int = 0, up: int = 0) -> Axis:
@@ -180,22 +180,6 @@ def test_reads_nothing(reads):
 # -- how much work it is ----------------------------------------------------------------------------------------------
 
 
-class Sizes(TorchDispatchMode):
-    """The products of matrices, and the numbers of the largest tensor that any operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[tuple[int, ...]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
-            self.products.append(tuple(args[0].shape[-2:]))
-        return result
-
-
 def three_by_three(n: int = 16, channels: int = 32, size: int = 16, padding: int = 1) -> Patches:
     return Patches(image(n, channels, size, size), (axis(size, 3, low=padding, up=padding),) * 2)
 
@@ -203,20 +187,20 @@ def three_by_three(n: int = 16, channels: int = 32, size: int = 16, padding: int
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_three_by_three_windows_are_thirteen_products_of_the_image(padding):
     patches = three_by_three(padding=padding)
-    with Sizes() as sizes:
+    with Passes() as passes:
         second_moment(patches.flatten(-3, -2), ones=True)
-    whole = [shape for shape in sizes.products if shape[1] > 16 * 16 * 15]
-    assert [shape[0] for shape in whole] == [32] * 13
+    whole = [shape for shape in passes.products if shape[-2] > 16 * 16 * 15]
+    assert [shape[-3] for shape in whole] == [32] * 13
     # Zeros between rows and between images, and what lies along the borders.
-    assert sizes.largest <= 18**2 / 16**2 * patches.image.numel()
+    assert passes.largest <= 18**2 / 16**2 * patches.image.numel()
 
 
 def test_windows_that_are_unfolded_take_no_more_than_the_image(monkeypatch):
     monkeypatch.setattr(module, "MIN_ELEMENTS", 1)
     patches = three_by_three(n=8, channels=4, size=64)
-    with Sizes() as sizes:
+    with Passes() as passes:
         patches.unfolded_moment()
-    assert sizes.largest <= patches.image.numel()
+    assert passes.largest <= patches.image.numel()
 
 
 @pytest.mark.parametrize("padding", [0, 1])

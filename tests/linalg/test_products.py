@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_cond.linalg import products
+from kfac_cond.linalg.moments import second_moment
 from kfac_cond.linalg.products import add_gram, gram, gram_flops, mirrored
+
+from ..passes import Passes
 
 SHAPES = [(7, 3), (0, 3), (5, 128), (9, 129), (9, 255), (9, 256), (2, 5, 300), (2, 3, 0, 300), (3, 2050)]
 
@@ -55,9 +60,28 @@ def test_reads_nothing(reads):
     assert reads.names == []
 
 
-def test_keeps_the_gradient():
-    """Nothing is written into what autograd needs."""
-    x = torch.randn(4, 3 * products.NARROWEST["cpu"], dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(x.shape[-1], x.shape[-1], dtype=torch.float64)
-    (found,) = torch.autograd.grad((gram(x) * weight).sum(), x)
-    torch.testing.assert_close(found, x @ (weight + weight.mT), rtol=0, atol=1e-10)
+@pytest.mark.parametrize("shape", [(7, 3), (9, 300), (2, 9, 300)])
+def test_is_put_where_it_is_to_be(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    d = shape[-1]
+    room = torch.full((*shape[:-2], d + 1, d + 1), torch.nan, dtype=torch.float64)
+    gram(x, out=room[..., :d, :d])
+    torch.testing.assert_close(room[..., :d, :d], x.mT @ x, rtol=0, atol=1e-12)
+    assert room[..., d, :].isnan().all() and room[..., d].isnan().all()
+
+
+@pytest.mark.parametrize("once", [gram, second_moment, partial(second_moment, ones=True)])
+def test_no_other_pass_goes_over_the_whole_matrix(once):
+    """Products are written where they stay: beside them half of it is written, and the diagonal blocks."""
+    d = 8 * products.NARROWEST["cpu"]
+    with Passes() as passes:
+        once(torch.ones(2, d))
+    assert passes.written < 1.2 * d * d
+
+
+def test_sums_of_pieces_are_added_where_they_stay():
+    d = 8 * products.NARROWEST["cpu"]
+    upper, x = torch.zeros(d, d), torch.ones(2, d)
+    with Passes() as passes:
+        add_gram(upper, x)
+    assert passes.written == 0
