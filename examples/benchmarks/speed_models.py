@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -18,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 def perceptron(width: int = 1024, depth: int = 2) -> nn.Module:
     """784 - width (so often) - width / 2 - 10."""
     sizes = [784, *[width] * depth, width // 2]
-    inner = [module for i, o in zip(sizes, sizes[1:]) for module in (nn.Linear(i, o), nn.ReLU())]  # noqa: B905
+    inner = [module for i, o in pairwise(sizes) for module in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*inner, nn.Linear(sizes[-1], 10))
 
 
@@ -142,7 +143,7 @@ class Setting:
         return Task(model, torch.randn(self.shape), torch.randint(10, self.shape[:1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A model with a batch of inputs and labels."""
 
@@ -237,12 +238,23 @@ def with_bias(module: nn.Module, a: Tensor) -> Tensor:
     return a if module.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], -1)
 
 
-def moments(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, without: Collection[str] = ()
-) -> Mapping[str, Pair]:
-    """A and G of each layer for these labels: A = mean of a a^T, G = (1/M) sum of g g^T, with M the number of labels."""
+def moments(model: nn.Module, inputs: Tensor, labels: Tensor, *, without: Collection[str] = ()) -> Mapping[str, Pair]:
+    """A and G of each layer for these labels: A = mean of a a^T, G = (1/M) sum of g g^T, M their number."""
     found = pairs(model, inputs, labels, without=without)
     return {
         name: (square(with_bias(module, a)) / a[..., 0].numel(), square(g) / labels.numel())
         for name, (module, a, g) in found.items()
     }
+
+
+def factored(A: Tensor, G: Tensor, gradient: Tensor, damping: float) -> Tensor:
+    """(G + sqrt(damping) / pi I)^-1 V (A + pi sqrt(damping) I)^-1, pi^2 the ratio of the mean eigenvalues.
+
+    A bias that is not in A has the left factor alone.
+    """
+    pi = (A.diagonal().mean() / G.diagonal().mean()).sqrt()
+    root = damping**0.5
+    A = A + pi * root * torch.eye(len(A), dtype=A.dtype)
+    G = G + root / pi * torch.eye(len(G), dtype=G.dtype)
+    A = torch.block_diag(A, torch.eye(gradient.shape[1] - len(A), dtype=A.dtype))
+    return torch.linalg.solve(A, torch.linalg.solve(G, gradient).mT).mT
