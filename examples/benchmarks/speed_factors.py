@@ -1,4 +1,4 @@
-"""How other libraries make factors in ``speed.py``: each as it is documented to be used, each imported only when run."""
+"""How other libraries make factors in ``speed.py``: each as it is documented, each imported only when run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How other libraries train in ``speed.py``, each as it is documented and imported only when run; and all contenders."""
+"""How other libraries train in ``speed.py``, each as it is documented, imported only when run; all contenders."""
 
 from __future__ import annotations
 

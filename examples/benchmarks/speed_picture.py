@@ -28,6 +28,9 @@ def draw(found: Sequence[Cell], titles: Mapping[str, str], to: Path) -> None:
     for job, panel in zip(jobs, panels[:, 0], strict=True):
         _panel(panel, [one for one in found if one.job == job])
         panel.set_title("\n".join(textwrap.wrap(titles[job], 90)), fontsize=9, loc="left")
+    models = list(dict.fromkeys(one.model for one in found))
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(models))]
+    figure.legend(handles, models, fontsize=8, ncols=len(models), loc="outside upper right")
     figure.savefig(to, dpi=120)
     pyplot.close(figure)
 
@@ -45,9 +48,7 @@ def _panel(panel, found: Sequence[Cell]) -> None:  # type: ignore[no-untyped-def
                 continue
             spread = None if one.low is None or one.high is None else [[max(value - one.low, 0)], [one.high - value]]
             panel.barh(at, value, height, xerr=spread, color=f"C{index}", error_kw={"lw": 0.8})
-            panel.text(value, at, f"  {value:.3g}", va="center", fontsize=6)
+            panel.text(one.high or value, at, f"  {value:.3g}", va="center", fontsize=6)
     panel.set_yticks(range(len(contenders)), contenders, fontsize=8)
-    panel.invert_yaxis()
-    handles = [panel.barh(0, 0, color=f"C{index}") for index in range(len(models))]
-    panel.legend(handles, models, fontsize=7, loc="lower right")
+    panel.set_ylim(len(contenders) - 0.4, -0.6)
     panel.spines[["top", "right"]].set_visible(False)
