@@ -97,13 +97,21 @@ def test_the_plain_formula_is_what_the_library_says_in_float64(speed, name):
         torch.testing.assert_close(fisher[layer].G, G)
 
 
-def test_the_expectation_is_the_exact_factor(speed, task):
-    task = speed.checks.doubled(task)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_expectation_and_its_variance_are_those_over_all_labels(speed, name):
+    whole = speed.checks.doubled(speed.models.SMALL[name].task())
+    task = speed.models.Task(whole.model, whole.inputs[:3], whole.labels[:3])
     fisher = kc.estimate(task.model, [task.inputs], "categorical", kind="exact", options=kc.Options(progress=False))
+    p = task.model(task.inputs).detach().softmax(-1)
+    one_by_one = [
+        [speed.models.moments(task.model, x, torch.tensor([c])) for c in range(10)] for x in task.inputs.split(1)
+    ]
     for layer, (_, G, trace, variance) in speed.checks.exact(task).items():
         torch.testing.assert_close(G, fisher[layer].G)
         torch.testing.assert_close(trace, G.trace())
-        assert variance > 0
+        traces = torch.stack([torch.stack([found[layer][1].trace() for found in row]) for row in one_by_one])
+        of_examples = (p * traces.square()).sum(1) - (p * traces).sum(1).square()
+        torch.testing.assert_close(variance, of_examples.sum() / 9)
 
 
 @pytest.mark.parametrize("name", LAYERS)
