@@ -10,10 +10,11 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from speed_checks import CHECKS, exact
+from speed_checks import CHECKS
 from speed_jobs import FACTORS, INVERSES, Contender, Run
 from speed_models import Setting, Task
 from speed_peers import CONTENDERS
@@ -105,16 +106,21 @@ def of_kinds(values: Sequence[float], kinds: Sequence[str], at: float) -> float:
     return sum(SHARES[one] * value for one, value in found.items()) / share
 
 
+@cache
+def task_of(setting: Setting) -> Task:
+    """The same for all jobs, so that what it is compared with is computed once."""
+    return setting.task()
+
+
 def cells(job: str, name: str, setting: Setting, *, rounds: int, budget: float) -> list[Cell]:
     """All contenders at a job on a model: checked one after another, then timed in turn."""
-    task, runs, found = setting.task(), {}, {}
+    task, runs, found = task_of(setting), {}, {}
     drawn = torch.distributions.Categorical(logits=task.model(task.inputs).detach()).sample()
     chosen = {who: one for who, one in CONTENDERS.items() if job in one.builders}
     for who, one in chosen.items():
         found[who] = ready(job, task, one, drawn)
         if isinstance(found[who], tuple):
             runs[who] = found[who][0]
-    exact.cache_clear()
     warm = 0 if job == "training" else WARM
     seconds, failed = timed(runs, rounds, warm=warm, budget=budget)
     base = next(iter(runs))
@@ -143,11 +149,10 @@ def ready(job: str, task: Task, one: Contender, drawn: torch.Tensor) -> tuple[Ru
 def cell(job: str, model: str, who: str, said: str, seconds: list[float], base: list[float], kinds: list[str]) -> Cell:
     """The numbers of one contender."""
     kinds = kinds[: len(seconds)]
-    ratios = [one / other for one, other in zip(seconds, base, strict=False)]
-    kinds = kinds[: len(ratios)]
+    ratios = [one / other for one, other in zip(seconds, base, strict=True)]
     low, ratio, high = (of_kinds(ratios, kinds, at) for at in (0.25, 0.5, 0.75))
-    median = 1e3 * of_kinds(seconds[: len(kinds)], kinds, 0.5)
-    return Cell(job, model, who, said, ratio, low, high, median, 1e3 * sum(seconds) / len(seconds), len(seconds))
+    median, mean = 1e3 * of_kinds(seconds, kinds, 0.5), 1e3 * sum(seconds) / len(seconds)
+    return Cell(job, model, who, said, ratio, low, high, median, mean, len(seconds))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
