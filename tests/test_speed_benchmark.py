@@ -260,7 +260,7 @@ def test_every_sweep_runs_at_its_smallest_size(speed, index):
 
 @pytest.mark.parametrize("name", ["resnet-18", "gpt", "vit-tiny"])
 def test_a_network_is_compared_and_timed(speed, name):
-    line = speed.sweeps.line(name, speed.models.SMALL_NETWORKS[name], repeats=1)
+    line = speed.sweeps.line(name, speed.models.SMALL_NETWORKS[name], repeats=1, budget=60.0)
     assert min(line.plain, line.factors, line.training, line.largest) > 0
     assert (line.square > 0) == (name == "gpt")
 

@@ -49,7 +49,9 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15, help="rounds of 'factors' and 'step'")
     parser.add_argument("--steps", type=int, default=200, help="steps of 'training'")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds for a job on a model, or for a sweep")
+    parser.add_argument(
+        "--budget", type=float, default=120.0, help="seconds for a job on a model, a sweep or a network"
+    )
     parser.add_argument("--small", action="store_true", help="small models and sizes, for a quick look")
     parser.add_argument("--sweeps", action="store_true", help="how cost grows with size")
     parser.add_argument("--networks", action="store_true", help="whole networks")
@@ -142,7 +144,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if asked.sweeps:
         everything["sweeps"] = [asdict(one) for one in sweeps(small=asked.small, budget=asked.budget)]
     if asked.networks:
-        everything["networks"] = [asdict(one) for one in lines(small=asked.small, repeats=asked.repeats)]
+        everything["networks"] = [
+            asdict(one) for one in lines(small=asked.small, repeats=asked.repeats, budget=asked.budget)
+        ]
     if asked.out:
         asked.out.write_text(json.dumps(everything, indent=1))
     if asked.picture:

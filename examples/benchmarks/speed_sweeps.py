@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kfac_cond.tables import fitted, in_bytes, table
+from kfac_cond.tables import fitted, in_bytes
 
 ROUNDS = 5
 SLACK = 0.25
@@ -181,6 +181,7 @@ class Line:
         training: a step on average, with factors and inverses at their periods, as a ratio to one of SGD.
         largest: bytes of the largest tensor that factors or a refresh make.
         square: bytes of a square over the vocabulary; 0 without one.
+        rounds: that were within the budget.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Line:
     training: float
     largest: int
     square: int
+    rounds: int
 
 
 class Largest(TorchDispatchMode):
@@ -206,7 +208,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def line(name: str, setting: Setting, *, repeats: int) -> Line:
+def line(name: str, setting: Setting, *, repeats: int, budget: float) -> Line:
     """A network's numbers, after its factors are compared with the plain formula in float64."""
     task, rules = setting.task(), sides(setting)
     with torch.no_grad():
@@ -218,7 +220,7 @@ def line(name: str, setting: Setting, *, repeats: int) -> Line:
     with Largest() as largest:
         runs["factors"].go()
         runs["refresh"].go()
-    seconds, failed = timed(runs, repeats, warm=1, budget=math.inf)
+    seconds, failed = timed(runs, repeats, warm=1, budget=budget)
     if failed:
         raise RuntimeError(f"{name}: {failed}")
     middle = {word: quantile(values, 0.5) for word, values in seconds.items()}
@@ -230,6 +232,7 @@ def line(name: str, setting: Setting, *, repeats: int) -> Line:
         sum(share * middle[kind] for kind, share in SHARES.items()) / middle["SGD"],
         largest.bytes,
         4 * setting.vocabulary**2,
+        len(seconds["plain"]),
     )
 
 
@@ -244,25 +247,19 @@ def agree(task: Any, drawn: Tensor, rules: Any) -> None:
     compare({name: found[name] for name in expected}, expected)
 
 
-def lines(*, small: bool, repeats: int) -> list[Line]:
-    """All networks, printed as a table."""
-    settings = SMALL_NETWORKS if small else NETWORKS
-    found = [line(name, one, repeats=repeats) for name, one in settings.items()]
-    head = ("", "parameters", "plain ms", "factors", "training", "largest tensor", "V x V would be")
-    rows = [
-        (
-            one.name,
-            f"{one.parameters:,}",
-            f"{one.plain:.0f}",
-            f"{one.factors:.2f}",
-            f"{one.training:.2f}",
-            in_bytes(one.largest),
-            in_bytes(one.square) if one.square else "",
+def lines(*, small: bool, repeats: int, budget: float) -> list[Line]:
+    """All networks, printed one by one."""
+    print("\nwhole networks: factors as a ratio to a forward and backward, training at its periods as a ratio to SGD")
+    found = []
+    for name, setting in (SMALL_NETWORKS if small else NETWORKS).items():
+        one = line(name, setting, repeats=repeats, budget=budget)
+        found.append(one)
+        parts = (
+            f"{name}: {one.parameters:,} parameters, forward and backward {one.plain:.0f} ms",
+            f"factors {one.factors:.2f}, training {one.training:.2f} ({one.rounds} of {repeats} rounds)",
+            f"largest tensor {in_bytes(one.largest)}",
+            *([f"a square over the vocabulary would be {in_bytes(one.square)}"] if one.square else []),
         )
-        for one in found
-    ]
-    print(
-        "\nwhole networks: factors beside a forward and backward, training beside SGD, factors and inverses at periods"
-    )
-    print(table(head, rows, [""] * len(rows), right=range(1, len(head))), flush=True)
+        text = "; ".join(parts)
+        print(fitted(text), flush=True)
     return found
