@@ -74,17 +74,18 @@ def job_cells(job: str, asked: argparse.Namespace) -> list[Cell]:
     return found
 
 
-def printed(job: str, found: Sequence[Cell]) -> str:
+def printed(job: str, found: Sequence[Cell], rounds: int) -> str:
     """A table: a row for each contender, a column for each model; below it what failed and what was compared."""
     models = list(dict.fromkeys(one.model for one in found))
     of = {(one.contender, one.model): one for one in found}
     contenders = list(dict.fromkeys(one.contender for one in found))
     rows = [(who, *(in_cell(of[who, model]) for model in models)) for who in contenders]
     notes = [note(job, [of[who, model] for model in models]) for who in contenders]
-    rounds = {model: max(one.rounds for one in found if one.model == model) for model in models}
-    head = f"{JOBS[job]} ({', '.join(f'{model}: {number} rounds' for model, number in rounds.items())})"
-    if job == "memory":
-        head = JOBS[job]
+    head = JOBS[job]
+    if job != "memory":
+        done = {model: max(one.rounds for one in found if one.model == model) for model in models}
+        # Fewer where the budget was spent before.
+        head += f" ({', '.join(f'{model}: {number} of {rounds} rounds' for model, number in done.items())})"
     return f"\n{fitted(head)}\n{table(('', *models), rows, notes, right=range(1, len(models) + 1))}"
 
 
@@ -138,7 +139,7 @@ def main(given: Sequence[str] | None = None) -> int:
     found: list[Cell] = []
     for job in asked.jobs:
         of_job = job_cells(job, asked)
-        print(printed(job, of_job), flush=True)
+        print(printed(job, of_job, asked.steps if job == "training" else asked.repeats), flush=True)
         found += of_job
     everything["cells"] = [asdict(one) for one in found]
     if asked.sweeps:

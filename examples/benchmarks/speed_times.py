@@ -62,7 +62,7 @@ def kind(step: int) -> str:
 
 
 def timed(
-    runs: Mapping[str, Run], rounds: int, *, warm: int, budget: float
+    runs: Mapping[str, Run], rounds: int, *, warm: int, budget: float, least: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each run in each round, the runs taking turns; and the error of those that failed.
 
@@ -70,7 +70,8 @@ def timed(
 
     Args:
         warm: rounds before those.
-        budget: seconds after which no further round is begun, once one is there.
+        budget: seconds after which no further round is begun.
+        least: rounds that there are whatever they take.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -89,7 +90,7 @@ def timed(
                 continue
             if index >= warm:
                 seconds[name].append(clock() - start)
-        if index >= warm and time.monotonic() - began > budget:
+        if index + 1 >= warm + least and time.monotonic() - began > budget:
             break
     return seconds, failed
 
@@ -121,8 +122,9 @@ def cells(job: str, name: str, setting: Setting, *, rounds: int, budget: float) 
         found[who] = ready(job, task, one, drawn)
         if isinstance(found[who], tuple):
             runs[who] = found[who][0]
-    warm = 0 if job == "training" else WARM
-    seconds, failed = timed(runs, rounds, warm=warm, budget=budget)
+    # Training needs a step of each kind.
+    warm, least = (0, FACTORS + 1) if job == "training" else (WARM, 1)
+    seconds, failed = timed(runs, rounds, warm=warm, budget=budget, least=least)
     base = next(iter(runs))
     kinds = [kind(step) if job == "training" else "between" for step in range(rounds)]
     return [
