@@ -251,6 +251,7 @@ def test_sizes_beyond_the_budget_are_left_out_and_named(speed, monkeypatch):
     assert "exponent 2.00, at most 2 (" in speed.sweeps.said(found)
     assert "left out to stay within the budget: 1000000000000" in speed.sweeps.said(found)
     assert "ABOVE IT" in speed.sweeps.said(dataclasses.replace(found, exponent=2.3))
+    assert "ABOVE IT" not in speed.sweeps.said(dataclasses.replace(found, exponent=math.nan))
 
 
 @pytest.mark.parametrize("index", range(6))

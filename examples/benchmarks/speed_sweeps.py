@@ -112,15 +112,13 @@ def swept(one: Sweep, *, budget: float) -> Swept:
     """A sweep's numbers; what a size would take is judged from the one before by the exponent it should have."""
     sizes: list[int] = []
     milliseconds: list[float] = []
-    began, took = time.monotonic(), 0.0
+    began = time.monotonic()
     for index, size in enumerate(one.at):
-        judged = took * (size / sizes[-1]) ** one.most if sizes else 0.0
-        if time.monotonic() - began + judged > budget:
+        once = 1e-3 * milliseconds[-1] * (size / sizes[-1]) ** one.most if sizes else 0.0
+        if time.monotonic() - began + (1 + ROUNDS) * once > budget:
             return _of(one, sizes, milliseconds, list(one.at[index:]))
-        start = time.monotonic()
         milliseconds.append(1e3 * seconds_of(one.quantity, one.setting(size)))
         sizes.append(size)
-        took = time.monotonic() - start
     return _of(one, sizes, milliseconds, [])
 
 
@@ -163,7 +161,7 @@ def sweeps(*, small: bool, budget: float) -> list[Swept]:
 def said(one: Swept) -> str:
     """A line."""
     numbers = ", ".join(f"{size}: {ms:.3g}" for size, ms in zip(one.sizes, one.milliseconds, strict=True))
-    verdict = "" if one.exponent <= one.most + SLACK else " ABOVE IT"
+    verdict = " ABOVE IT" if one.exponent > one.most + SLACK else ""
     left = f"; left out to stay within the budget: {', '.join(map(str, one.left_out))}" if one.left_out else ""
     return f"{one.quantity} by {one.size}: exponent {one.exponent:.2f}, at most {one.most:g}{verdict} ({numbers}{left})"
 
