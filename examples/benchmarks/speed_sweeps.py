@@ -48,13 +48,17 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep's numbers: milliseconds at each size that was within the budget, and the exponent fitted to them."""
+    """A sweep's numbers: milliseconds at each size that was within the budget, and the exponent fitted to them.
+
+    ``plain`` is the exponent of a forward and backward in the same rounds, of what the machine itself does with size.
+    """
 
     size: str
     quantity: str
     sizes: list[int]
     milliseconds: list[float]
     exponent: float
+    plain: float
     most: float
     left_out: list[int]
 
@@ -111,34 +115,35 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def swept(one: Sweep, *, budget: float) -> Swept:
     """A sweep's numbers; what a size would take is judged from the one before by the exponent it should have."""
     sizes: list[int] = []
-    milliseconds: list[float] = []
-    began = time.monotonic()
-    for index, size in enumerate(one.at):
-        once = 1e-3 * milliseconds[-1] * (size / sizes[-1]) ** one.most if sizes else 0.0
+    found: list[float] = []
+    plainly: list[float] = []
+    began, left_out = time.monotonic(), list(one.at)
+    for size in one.at:
+        once = (found[-1] + plainly[-1]) * (size / sizes[-1]) ** one.most if sizes else 0.0
         if time.monotonic() - began + (1 + ROUNDS) * once > budget:
-            return _of(one, sizes, milliseconds, list(one.at[index:]))
-        milliseconds.append(1e3 * seconds_of(one.quantity, one.setting(size)))
-        sizes.append(size)
-    return _of(one, sizes, milliseconds, [])
+            break
+        seconds, beside = seconds_of(one.quantity, one.setting(size))
+        found.append(seconds)
+        plainly.append(beside)
+        sizes.append(left_out.pop(0))
+    slopes = exponent(sizes, found), exponent(sizes, plainly)
+    return Swept(one.size, one.quantity, sizes, [1e3 * seconds for seconds in found], *slopes, one.most, left_out)
 
 
-def _of(one: Sweep, sizes: list[int], milliseconds: list[float], left_out: list[int]) -> Swept:
-    fitted_to = exponent(sizes, milliseconds)
-    return Swept(one.size, one.quantity, sizes, milliseconds, fitted_to, one.most, left_out)
-
-
-def seconds_of(quantity: str, setting: Setting) -> float:
-    """The median of one quantity."""
+def seconds_of(quantity: str, setting: Setting) -> tuple[float, float]:
+    """The medians of one quantity, and of a forward and backward."""
     task = setting.task()
     rules = sides(setting)
+    runs = {"plain": plain(task, None)}
     if quantity == "factors":
-        seconds, _ = timed({"": estimated(task, None, rules)}, ROUNDS, warm=1, budget=math.inf)
-        return quantile(seconds[""], 0.5)
-    often = {"with": (1, 1), "without": (1, NEVER)}
-    runs = {name: preconditioned(*one, task, None, rules) for name, one in often.items()}
+        runs |= {"with": estimated(task, None, rules)}
+    else:
+        often = {"with": (1, 1), "without": (1, NEVER)}
+        runs |= {name: preconditioned(*one, task, None, rules) for name, one in often.items()}
     seconds, _ = timed(runs, ROUNDS, warm=1, budget=math.inf)
-    difference = [one - other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
-    return max(quantile(difference, 0.5), 1e-9)
+    without = seconds.get("without", [0.0] * ROUNDS)
+    difference = [one - other for one, other in zip(seconds["with"], without, strict=True)]
+    return max(quantile(difference, 0.5), 1e-9), quantile(seconds["plain"], 0.5)
 
 
 def sides(setting: Setting) -> Any:
@@ -161,9 +166,10 @@ def sweeps(*, small: bool, budget: float) -> list[Swept]:
 def said(one: Swept) -> str:
     """A line."""
     numbers = ", ".join(f"{size}: {ms:.3g}" for size, ms in zip(one.sizes, one.milliseconds, strict=True))
-    verdict = " ABOVE IT" if one.exponent > one.most + SLACK else ""
+    verdict = " ABOVE IT" if one.exponent > max(one.most, one.plain) + SLACK else ""
     left = f"; left out to stay within the budget: {', '.join(map(str, one.left_out))}" if one.left_out else ""
-    return f"{one.quantity} by {one.size}: exponent {one.exponent:.2f}, at most {one.most:g}{verdict} ({numbers}{left})"
+    expected = f"at most {one.most:g} or that of a forward and backward, {one.plain:.2f}"
+    return f"{one.quantity} by {one.size}: exponent {one.exponent:.2f}, {expected}{verdict} ({numbers}{left})"
 
 
 # -- whole networks ----------------------------------------------------------------------------------------------------
