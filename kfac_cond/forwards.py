@@ -372,8 +372,11 @@ def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place:
     sums[layer.name] = LayerSums(empty, empty, G)
 
 
-def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
-    """Put the inputs of the forwards heard into the sums of the layers that a gradient reached."""
+def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bool = False) -> None:
+    """Put the inputs of the forwards heard into the sums of the layers that a gradient reached.
+
+    Sums are changed in place by what becomes of them: where forwards are ``kept``, to be heard again, these are copies.
+    """
     for name, mine in sums.items():
         entries = [forward.entries[name] for forward in heard if name in forward.entries]
         if not entries:
@@ -387,7 +390,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
             inputs, count = reduced_input_moment(inputs, count, bias=layer.ones, moment=layer.input_moment)
-        mine.A, mine.A_count = inputs, count
+        mine.A, mine.A_count = (inputs.clone(), count.clone()) if kept else (inputs, count)
 
 
 def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:
