@@ -145,6 +145,7 @@ def test_at_as_many_ranks_it_goes_on_to_the_last_bit(one, how):
         assert all(torch.equal(resumed[name], parameter) for name, parameter in ended.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", RUNS)
 def test_at_twice_as_many_it_goes_on_to_rounding(one):
     ended, _ = two()[0][one]["waited for"]

@@ -210,6 +210,7 @@ def test_shards_train_as_one_process_does(case, way, strategy):
         compare(result[case, way, strategy], one_process(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["empty", "repeated"])
 def test_shards_of_four_ranks_train_as_one_process_does(how):
     for result in four():

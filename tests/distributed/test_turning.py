@@ -300,6 +300,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(name, strategy):
         assert all(torch.equal(saved["ended"][key], saved["resumed"][key]) for key in saved["ended"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", WORLDS[4])
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_state_of_two_ranks_goes_on_on_four(name, strategy):
@@ -317,6 +318,7 @@ def test_a_state_of_two_ranks_goes_on_in_one_process(name):
         assert_same(parameter, saved["ended"][key])
 
 
+@pytest.mark.slow
 def test_layers_may_be_shared_out_anew_between_steps():
     expected = one_process("staggered ekfac", 4)
     for result in results(4):
