@@ -271,12 +271,14 @@ class Pass:
     def fishers(self, total: Statistics, words: Sequence[str]) -> list[Fisher]:
         """The sums divided, in each of the structures; nothing else is to read them afterwards."""
         counts = self._counts(total)
+        # First: a collector stays in the bases that it is first asked for.
+        several = self.slots.groups > 1
+        everything = self._blocks(self.factors(total, spent=not several), total, None)
         # Group by group: what the draws of each alone give.
         groups = [
             (self.slots.share(group), self._blocks(self.factors(total, group), total, group))
-            for group in range(self.slots.groups if self.slots.groups > 1 else 0)
+            for group in range(self.slots.groups if several else 0)
         ]
-        everything = self._blocks(self.factors(total, spent=True), total, None)
         fishers = []
         for index, word in enumerate(words):
             # What a merge of A over different data needs; the other Kronecker pairs do not merge by it.
