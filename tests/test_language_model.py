@@ -64,6 +64,7 @@ def same(mine: Any, theirs: Any) -> bool:
     return torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
+@pytest.mark.slow
 def test_it_compares_both_and_resumed_is_uninterrupted(tmp_path):
     told = run(out=tmp_path / "whole")
     assert re.search(r"adamw +\d\.\d+ after 6 steps, .* ms a step", told)

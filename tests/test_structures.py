@@ -101,6 +101,7 @@ def test_implicit_is_brute_force_and_dense_without_a_matrix(model, likelihood, k
         assert_same((found @ v)[name], product)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, None])
 @pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -309,6 +309,7 @@ def planes() -> list[dict[Any, Any]]:
     return run(four, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [*PLANES, "default", "hybrid", "said"])
 def test_on_two_dimensions_it_trains_as_one_process_with_all_the_data(key):
     name = key[0] if isinstance(key, tuple) else {"default": "sum", "hybrid": "sequence", "said": "perceptron"}[key]
@@ -317,5 +318,6 @@ def test_on_two_dimensions_it_trains_as_one_process_with_all_the_data(key):
         compare(result[key], expected)
 
 
+@pytest.mark.slow
 def test_a_capture_of_a_sharded_one_leaves_the_gradients_to_the_last_bit():
     assert all(result["untouched"] for result in planes())
