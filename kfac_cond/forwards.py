@@ -373,10 +373,7 @@ def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place:
 
 
 def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bool = False) -> None:
-    """Put the inputs of the forwards heard into the sums of the layers that a gradient reached.
-
-    Sums are changed in place by what becomes of them: where forwards are ``kept``, to be heard again, these are copies.
-    """
+    """Put the inputs of the forwards heard into the sums of the layers reached; copies where these are kept."""
     for name, mine in sums.items():
         entries = [forward.entries[name] for forward in heard if name in forward.entries]
         if not entries:
@@ -390,6 +387,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bo
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
             inputs, count = reduced_input_moment(inputs, count, bias=layer.ones, moment=layer.input_moment)
+        # What becomes of the sums changes them in place.
         mine.A, mine.A_count = (inputs.clone(), count.clone()) if kept else (inputs, count)
 
 

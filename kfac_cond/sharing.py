@@ -59,7 +59,7 @@ class Shared:
         if before is not None and self._cuts:
             # Weights on a mesh outlive no process group.
             return before
-        world = self.plan.world()
+        world = self.plan.world
         if before is not None and before.size == world:
             return before
         if before is not None and not before.layout.replicated:

@@ -110,9 +110,10 @@ class Plan:
         """The ranks there are, as they work together; all of them call it."""
         return Ranks(self.group(cuts), self.fraction)
 
-    def world(self, cuts: Sequence[Cut] = ()) -> int:
-        """How many ranks there are now."""
-        return self.group(cuts).size if is_initialised() else 1
+    @property
+    def world(self) -> int:
+        """How many ranks there are now, where no weight is cut."""
+        return self.group().size if is_initialised() else 1
 
     def of(
         self,
