@@ -58,6 +58,8 @@ class _Attached:
     skipped: Tensor | None = None
     #: Whether a layer had a gradient in the step under way.
     touched: bool = False
+    #: The layers that the step under way moves.
+    names: list[str] = field(default_factory=list)
 
 
 class Attachments:
@@ -192,7 +194,8 @@ class Attachments:
                     return
             else:
                 attached.skipped = found_inf.detach().reshape(()) > 0
-        names = [name for name in self._held_by(optimizer) if name not in self._done]
+        attached.names = self._held_by(optimizer)
+        names = [name for name in attached.names if name not in self._done]
         rates = _rates(self._attached)
         grad_scale = getattr(optimizer, "grad_scale", None)
         attached.touched |= self._stepper.before_step(names, rates, grad_scale)
@@ -204,7 +207,7 @@ class Attachments:
         if attached.touched:
             self._skipped.append(attached.skipped)
         self._stepped.add(optimizer)
-        self._done.update(self._held_by(optimizer))
+        self._done.update(attached.names)
         if len(self._stepped) == len(self._attached):
             self.end_round()
 

@@ -28,8 +28,7 @@ def gradients_of(layer: Layer) -> dict[str, Tensor]:
         ArgumentError: a sparse gradient, or a sharded one that is a part of something else than a sum or a mean.
         ModelChangedError: the layer is not what was wrapped.
     """
-    layer.check_unchanged()
-    found = {name: p.grad for name, p in layer.parameters.items() if p.grad is not None}
+    found = {name: p.grad for name, p in layer.unchanged_parameters.items() if p.grad is not None}
     for name, gradient in found.items():
         check_placements(name, gradient)
         if gradient.layout is not torch.strided:
@@ -64,25 +63,28 @@ def precondition(
         What the trust region gave; None where nothing was asked of it.
     """
     parted = _parted(layers, names, shared, trust_region)
-    updates = updates_of(layers, [name for name in names if name not in parted], gradients, shared, rates)
+    matrices: dict[str, Tensor] | None = None if trust_region is None else {}
+    results = preconditioned(layers, [name for name in names if name not in parted], gradients, shared, matrices)
+    updates = {
+        name: LayerUpdate(one, results[name], rate_of(layers[name], rates), name)
+        for name, one in (matrices or {}).items()
+    }
     if not parted:
         scale = trust_region_scale(trust_region, updates, grad_scale) if updates and trust_region is not None else None
-        write(layers, gradients, updates, scale)
+        write(layers, gradients, results, scale)
         return scale
     shuffle = shared.ranks().shuffle(parted, gradients)
     own = _collected(layers, gradients, shuffle, shared, rates)
-    order = [name for name in names if name in gradients and (name in updates or name in parted)]
+    order = [name for name in names if name in gradients and (name in results or name in parted)]
     scale = None
     if order and trust_region is not None:
         together = {name: one for name, one in (updates | own).items() if name in order}
         scale = scale_over_ranks(trust_region, together, grad_scale, shuffle, order)
     factors = {} if scale is None else dict(zip(order, _each(scale, len(order)), strict=True))
-    results = {
-        name: layers[name].layout.from_matrix(_scaled(one.update, factors.get(name))) for name, one in own.items()
-    }
+    sent = {name: layers[name].layout.from_matrix(_scaled(one.update, factors.get(name))) for name, one in own.items()}
     del own
-    parts = shuffle.returned(results)
-    write(layers, gradients, updates, None if scale is None else [factors[name] for name in updates])
+    parts = shuffle.returned(sent)
+    write(layers, gradients, results, None if scale is None else [factors[name] for name in results])
     for name in parted:
         for key, gradient in gradients.get(name, {}).items():
             if key in parts:
@@ -132,11 +134,9 @@ def gradient_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
         gradients: its gradients by parameter name, at least one.
     """
     dtype = statistic_dtype(next(iter(gradients.values())).dtype)
-    found = {
-        name: whole(gradients[name] if name in gradients else torch.zeros_like(p))
-        for name, p in layer.parameters.items()
-    }
-    return layer.layout.to_matrix({name: gradient.to(dtype) for name, gradient in found.items()})
+    if len(gradients) < len(layer.layout.names):
+        gradients = {name: gradients.get(name, torch.zeros_like(p)) for name, p in layer.parameters.items()}
+    return layer.layout.to_matrix({name: whole(gradient).to(dtype) for name, gradient in gradients.items()})
 
 
 def rate_of(layer: Layer, rates: Mapping[int, float | Tensor]) -> float | Tensor:
@@ -144,32 +144,35 @@ def rate_of(layer: Layer, rates: Mapping[int, float | Tensor]) -> float | Tensor
     return _largest([rates[id(p)] for p in layer.parameters.values() if id(p) in rates])
 
 
-def updates_of(
+def preconditioned(
     layers: Mapping[str, Layer],
     names: Sequence[str],
     gradients: Mapping[str, Mapping[str, Tensor]],
     shared: Shared,
-    rates: Mapping[int, float | Tensor],
-) -> dict[str, LayerUpdate]:
-    """The preconditioned gradients of the layers that have an inverse, here or elsewhere; nothing is written.
+    matrices: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The preconditioned gradients, as matrices, of layers that have an inverse, here or elsewhere; none is written.
 
     Args:
         layers: by name.
         names: of those that are asked for; the same on all ranks.
         gradients: by layer and parameter, as they are on all ranks.
         shared: has the inverses, and the ranks that take part.
-        rates: learning rates by the parameter's identity.
+        matrices: where the gradients as matrices are put; None where each is let go once it is multiplied.
     """
     ranks, factors = shared.ranks(), shared.factors
     inverted = [name for name in names if name in factors.inverted]
-    matrices = {name: gradient_matrix(layers[name], gradients[name]) for name in inverted if name in gradients}
+    there = [name for name in inverted if name in gradients]
     mine = {}
-    for name, matrix in matrices.items():
+    for name in there:
+        matrix = gradient_matrix(layers[name], gradients[name])
         inverse = factors.inverse_of(name, matrix)
         if inverse is not None:
             mine[name] = inverse.matvec(matrix)
+        if matrices is not None:
+            matrices[name] = matrix
     found = ranks.exchanged(inverted, mine)
-    return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates), name) for name, one in matrices.items()}
+    return {name: found[name] for name in there}
 
 
 def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
@@ -230,13 +233,13 @@ def mean_scale(scale: Tensor | Sequence[Tensor]) -> Tensor:
 def write(
     layers: Mapping[str, Layer],
     gradients: Mapping[str, Mapping[str, Tensor]],
-    updates: Mapping[str, LayerUpdate],
+    updates: Mapping[str, Tensor],
     scale: Tensor | Sequence[Tensor] | None,
 ) -> None:
     """Write the updates, times ``scale`` or each times its own, into the gradients they were computed from."""
     scales = [None] * len(updates) if scale is None else _each(scale, len(updates))
     for (name, update), one in zip(updates.items(), scales, strict=True):
-        new = layers[name].layout.from_matrix(_scaled(update.update, one))
+        new = layers[name].layout.from_matrix(_scaled(update, one))
         for key, gradient in gradients[name].items():
             write_into(gradient, new[key])
 

@@ -152,6 +152,13 @@ class Layer:
         return device_of(self.held[0])
 
     @property
+    def unchanged_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters as ``parameters`` has them; raises ModelChangedError as ``check_unchanged``."""
+        held = self._held
+        self._check(held)
+        return {name: held[name] for name in self.layout.names}
+
+    @property
     def _held(self) -> dict[str, nn.Parameter]:
         """The parameters there are now, frozen or not."""
         found = {name: getattr(module, attribute, None) for name, (module, attribute) in self.places.items()}
@@ -159,7 +166,10 @@ class Layer:
 
     def check_unchanged(self) -> None:
         """Raise ModelChangedError where a shape or what is frozen differs from when it was wrapped."""
-        now = {name: tuple(held.shape) for name, held in self._held.items() if held.requires_grad}
+        self._check(self._held)
+
+    def _check(self, held: Mapping[str, nn.Parameter]) -> None:
+        now = {name: tuple(one.shape) for name, one in held.items() if one.requires_grad}
         if now != self.layout.shapes:
             raise ModelChangedError(
                 f"layer '{self.name}' is no longer what was wrapped: found the trainable parameters {now}, expected "

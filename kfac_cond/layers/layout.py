@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -47,12 +48,12 @@ class WeightLayout:
     output_dims: int = 1
     diagonal_inputs: bool = False
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Canonical names of the trainable parameters, weight first."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each trainable parameter."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -62,47 +63,47 @@ class WeightLayout:
             shapes[self.bias] = self._output_shape
         return shapes
 
-    @property
+    @cached_property
     def _output_shape(self) -> tuple[int, ...]:
         """Shape of the bias, trainable or not."""
         if self.transposed:
             return (self.groups * self.weight_shape[1],)
         return self.weight_shape[: self.output_dims]
 
-    @property
+    @cached_property
     def _rows(self) -> int:
         """Rows of all groups together; one of a single number."""
         return prod(self._output_shape)
 
-    @property
+    @cached_property
     def _columns(self) -> int:
         """Columns of the weight."""
         if self.transposed:
             return self.weight_shape[0] // self.groups * prod(self.weight_shape[2:])
         return prod(self.weight_shape[self.output_dims :])
 
-    @property
+    @cached_property
     def d_out(self) -> int:
         """Rows of one group's matrix."""
         return self._rows // self.groups
 
-    @property
+    @cached_property
     def columns(self) -> int | None:
         """Columns of a weight that trains; None where it does not."""
         return None if self.weight is None else self._columns
 
-    @property
+    @cached_property
     def d_in(self) -> int:
         """Columns of the matrix, the bias column included."""
         return (self._columns if self.weight is not None else 0) + (self.bias is not None)
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, ...]:
         """(d_out, d_in), or (groups, d_out, d_in) where there are groups."""
         shape = (self.d_out, self.d_in)
         return shape if self.groups == 1 else (self.groups, *shape)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of trainable parameters."""
         return prod(self.matrix_shape)
@@ -183,17 +184,17 @@ class JointLayout(WeightLayout):
             raise ArgumentError("a layout of no parameters: is anything in the model trainable?")
         return cls(parts=tuple(WeightLayout(name, None, tuple(shape)) for name, shape in shapes.items()))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Canonical names of the trainable parameters of all layers."""
         return tuple(name for part in self.parts for name in part.names)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of them."""
         return {name: shape for part in self.parts for name, shape in part.shapes.items()}
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, ...]:
         """(P,), P the number of parameters."""
         return (sum(part.numel for part in self.parts),)

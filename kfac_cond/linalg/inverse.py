@@ -132,28 +132,36 @@ def _cholesky_inverses(
 ) -> tuple[list[Tensor], Tensor]:
     """Inverses of matrices of one size, and a flag for each: factorised, and finite.
 
-    Beside the inverses themselves the peak is one copy of the batch.
+    Factor and inverses take the place of the copy of the matrices that they are made of.
     """
     counts = [matrix.shape[:-2].numel() for matrix in matrices]
     added = [damping.expand(matrix.shape[:-2]).reshape(-1) for matrix, damping in zip(matrices, dampings, strict=True)]
     d = matrices[0].shape[-1]
     batch = _bordered(matrices, dtype or matrices[0].dtype)
     batch[:, :d, :d].diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(batch)
+    # Transposed, since LAPACK's order of entries spares a temporary.
+    factor, info = batch.mT, torch.empty(len(batch), dtype=torch.int32, device=batch.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     # A zero pivot would make the inversion raise for the whole batch; what failed is discarded below.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1.0)
-    # The batch's memory takes the inverses; transposed, since LAPACK's order of entries spares a temporary.
-    torch.cholesky_inverse(factor, out=batch.mT)
-    del factor
-    # A tensor of its own for each: a view would keep the whole batch alive.
+    torch.cholesky_inverse(factor, out=factor)
     inverses = [
-        symmetrise(part).reshape(matrix.shape).to(matrix.dtype)
+        _own(part, batch).reshape(matrix.shape).to(matrix.dtype)
         for matrix, part in zip(matrices, torch.split(batch[:, :d, :d], counts), strict=True)
     ]
-    # The least and the largest entry are finite exactly where all are, and need no mask as large as the inverse.
-    finite = [torch.isfinite(torch.stack(torch.aminmax(inverse))).all() for inverse in inverses]
+    # Entries are sums of products of a triangle's columns, and those on the diagonal of their squares: none of the
+    # others is larger, or NaN alone.
+    finite = [torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all() for inverse in inverses]
     positive = [(part == 0).all() for part in torch.split(info, counts)]
     return inverses, torch.stack(finite) & torch.stack(positive)
+
+
+def _own(part: Tensor, batch: Tensor) -> Tensor:
+    """Inverses out of a batch, symmetric to the last bit, as a tensor that does not keep the rest alive."""
+    if batch.device.type != "cpu":
+        return symmetrise(part)
+    # LAPACK computes one triangle, of which torch makes the other.
+    return part if part.numel() == batch.numel() else part.clone(memory_format=torch.contiguous_format)
 
 
 def _bordered(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

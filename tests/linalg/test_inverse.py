@@ -74,7 +74,7 @@ def test_inverses_of_one_batch_share_no_memory(spd) -> None:
 def test_one_size_is_one_factorisation(spd, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[torch.Size] = []
     original = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: sizes.append(m.shape) or original(m))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m, **kept: sizes.append(m.shape) or original(m, **kept))
     damped_inverses([spd(*shape) for shape in SHAPES], [number(0.1)] * len(SHAPES), [None] * len(SHAPES))
     assert sizes == [(4, 3, 3), (5, 5, 5), (1, 1, 1)]
 
@@ -85,7 +85,7 @@ def test_a_crowded_size_is_factorised_with_one_more_row(
 ) -> None:
     sizes: list[int] = []
     original = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: sizes.append(m.shape[-1]) or original(m))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m, **kept: sizes.append(m.shape[-1]) or original(m, **kept))
     matrices = [spd(*leading, d, d) for d in (CROWDED["cpu"], CROWDED["cpu"] + 2)]
     inverses, rungs = damped_inverses(matrices, [number(0.3)] * 2, [None] * 2)
     for inverse, matrix in zip(inverses, matrices, strict=True):
@@ -101,6 +101,25 @@ def test_no_work_buffer_holds_more_than_one_large_matrix() -> None:
         inverses, _ = damped_inverses(matrices, [number(1.0)] * 3, [None] * 3)
     torch.testing.assert_close(inverses[2], torch.eye(d, dtype=torch.float64) / 4)
     assert passes.largest == d * d
+
+
+def test_factor_and_inverse_take_the_place_of_one_copy() -> None:
+    d = 300
+    matrix = torch.eye(d, dtype=torch.float64)
+    with Passes(least=d * d) as passes:
+        damped_inverses([matrix], [number(1.0)], [None])
+    # The copy alone: the factorisation and the inversion are not counted.
+    assert passes.written == d * d
+
+
+@pytest.mark.parametrize(
+    ("bad", "at"), [("nan", (0, 0)), ("nan", (2, 1)), ("nan", (4, 3)), ("inf", (2, 1)), ("inf", (4, 3))]
+)
+def test_what_is_not_finite_anywhere_fails(spd, bad: str, at: tuple[int, int]) -> None:
+    matrix = spd(5)
+    matrix[at] = matrix[at[::-1]] = float(bad)
+    _, rungs = damped_inverses([matrix], [number(0.1)], [None])
+    assert rungs == [Rung.IDENTITY]
 
 
 @pytest.mark.parametrize(("damping", "added"), [(0.2, 2.0), (0.02, 2.0)])
