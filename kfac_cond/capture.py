@@ -320,7 +320,7 @@ class Capture:
             return None
         heard = [forwards[index] for index in sorted(touched)]
         with torch.no_grad():
-            add_inputs(sums, heard, kept=replaceable)
+            add_inputs(sums, heard)
         for forward in heard:
             forward.replaceable = replaceable
         if not again:

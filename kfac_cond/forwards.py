@@ -372,8 +372,8 @@ def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place:
     sums[layer.name] = LayerSums(empty, empty, G)
 
 
-def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bool = False) -> None:
-    """Put the inputs of the forwards heard into the sums of the layers reached; copies where these are kept."""
+def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
+    """Put the inputs of the forwards heard, as these have them, into the sums of the layers reached."""
     for name, mine in sums.items():
         entries = [forward.entries[name] for forward in heard if name in forward.entries]
         if not entries:
@@ -387,8 +387,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bo
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
             inputs, count = reduced_input_moment(inputs, count, bias=layer.ones, moment=layer.input_moment)
-        # What becomes of the sums changes them in place.
-        mine.A, mine.A_count = (inputs.clone(), count.clone()) if kept else (inputs, count)
+        mine.A, mine.A_count = inputs, count
 
 
 def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:
