@@ -148,9 +148,7 @@ class Statistics:
 
     def with_own_inputs(self) -> Statistics:
         """The same, with copies of what is summed of inputs: where forwards keep that, it is not to change."""
-        layers = {
-            name: LayerSums(sums.A.clone(), sums.A_count.clone(), sums.G) for name, sums in self.layers.items()
-        }
+        layers = {name: LayerSums(sums.A.clone(), sums.A_count.clone(), sums.G) for name, sums in self.layers.items()}
         return replace(self, layers=layers)
 
     def state(self) -> dict[str, Any]:
@@ -267,7 +265,7 @@ class MovingAverage:
         return weight.to(like.device)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, G) of a layer as they are kept, changed by the next capture; zeros where nothing usable has come in yet."""
+        """(A, G) of a layer as they are kept, changed by the next capture; zeros where nothing usable came in yet."""
         A, G = self.A[name], self.G[name]
         if self.weights == (1.0,):
             return A, G[0]
