@@ -174,6 +174,11 @@ class Call:
         """Those of the outputs that have a gradient."""
         return [one.edge for one in self._arrivals if one is not None]
 
+    @property
+    def of_one_part(self) -> bool:
+        """Whether its only gradient is that of the module's only part."""
+        return self._replay is None and len(self.edges) == 1
+
     def output_gradients(self, found: Iterator[Tensor | None]) -> Mapping[str, Tensor]:
         """The gradients of its parts' outputs, by part, of those reached; one is taken from ``found`` for each edge."""
         at_edges = [None if one is None else next(found) for one in self._arrivals]
@@ -195,12 +200,6 @@ class Call:
             return total
         (through,) = torch.autograd.grad([outer.edge], [mine.edge], [g], retain_graph=True, allow_unused=True)
         return total if through is None else total - through
-
-
-def by_call(calls: Sequence[Call], found: Sequence[Tensor | None]) -> dict[Call, Mapping[str, Tensor]]:
-    """The gradients of each call's parts, from those at the edges of all calls."""
-    each = iter(found)
-    return {call: call.output_gradients(each) for call in calls}
 
 
 def ends_of(outputs: Any) -> list[GradientEdge]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backwards import Backwards
-from .calls import Call, Leaves, OwnTensors, Replays, by_call, ends_of, refuse_part
+from .calls import Call, Leaves, OwnTensors, Replays, ends_of, refuse_part
 from .errors import CaptureError
-from .forwards import Forward, Place, Run, Use, Wanted, add_gradients, add_inputs, dtype_of, in_form, reached_uses
+from .forwards import Forward, Run, Use, Wanted, add_inputs, dtype_of, in_form
 from .functional import used_functionally
 from .guards import EagerForwards, without_autocast
 from .heads import Sent
@@ -28,6 +28,7 @@ from .layers.layer import Layer, layers_by_module
 from .layers.shards import brought_together, cuts_of, gathering
 from .layers.sharing import both, kept
 from .statistics import LayerSums
+from .summing import Place, Summing
 
 logger = logging.getLogger("kfac_cond")
 
@@ -292,35 +293,28 @@ class Capture:
             for entry in forward.entries.values()
             for use in entry.uses
         ]
-        calls = list(dict.fromkeys(use.call for *_, use in uses))
-        edges = [edge for call in calls for edge in call.edges]
         ends = [(index, edge) for index, forward in enumerate(forwards) for edge in forward.ends]
         if not (uses or ends):
             return None
-        sums: dict[str, LayerSums] = {}
+        found: dict[str, LayerSums] = {}
         touched: set[int] = set()
         for sent in scores:
             if not sent.outputs.requires_grad:
                 continue
-            found, of_parameters = self._backwards.arrived(sent, [*edges, *(edge for _, edge in ends)])
-            now = {index for (index, _), g in zip(ends, found[len(edges) :], strict=True) if g is not None}
-            reached = reached_uses(uses, by_call(calls, found[: len(edges)]))
-            del found
-            now |= {index for index, *_ in reached}
-            if not now:
-                # Another model's outputs may depend on a parameter of ours too.
-                continue
-            refuse_part(sent.outputs)
+            place = Place(sent.weight, sent.slot, slots)
+            summing = Summing(found, place, examples, wanted=self._wanted, bases=self._run.bases())
+            now = self._backwards.send(sent, uses, ends, summing, examples)
+            if now:
+                refuse_part(sent.outputs)
             touched |= now
-            with torch.no_grad():
-                place = Place(sent.weight, sent.slot, slots)
-                found_g = self._backwards.in_form(sent, reached, examples)
-                add_gradients(sums, found_g, place, examples, self._wanted, of_parameters, self._run.bases())
         if not touched:
             return None
         heard = [forwards[index] for index in sorted(touched)]
+        # In the order of the forward, not of the backward.
+        order = dict.fromkeys([*(entry.layer.name for _, entry, _ in uses), *found])
+        sums = {name: found[name] for name in order if name in found}
         with torch.no_grad():
-            add_inputs(sums, heard, kept=replaceable)
+            add_inputs(sums, heard)
         for forward in heard:
             forward.replaceable = replaceable
         if not again:

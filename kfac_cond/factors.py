@@ -112,7 +112,7 @@ class Factors:
         self._stale |= self.bases.keys()
 
     def blocks(self, names: Iterable[str]) -> dict[str, Trained]:
-        """The averages of these layers, which are here, as blocks."""
+        """The averages of these layers, which are here, as blocks: as they are kept, until the next capture."""
         bases = {name: self.bases.get(name, IDENTITIES) for name in names}
         return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
@@ -188,7 +188,8 @@ class Factors:
             if name not in self.average.G:
                 continue
             A, G = self.average.factors(name)
-            self.references[name] = A, G.unsqueeze(0)
+            # Copies: the averages are changed in place.
+            self.references[name] = A.clone(), G.clone().unsqueeze(0)
         self._refreshed = []
 
     def changed(self, share: float) -> set[str]:

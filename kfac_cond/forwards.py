@@ -1,11 +1,9 @@
-"""What forwards left at their layers, and the sums that are made of it once gradients come back."""
+"""What forwards left at their layers: sums of their inputs, and where the gradients of their outputs come back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +14,14 @@ from .errors import CaptureError
 from .layers.layer import Layer
 from .layers.sharing import (
     chosen,
-    expanded_gradient_moment,
     expanded_input_moment,
-    joined,
     masked,
     one_example,
-    picked,
     pooled_inputs,
     reduced_input_moment,
     sampled_input_moment,
 )
-from .layers.summed import IDENTITIES, Bases
+from .layers.summed import Bases
 from .linalg.patches import unfolded
 from .statistics import LayerSums, statistic_dtype
 
@@ -52,15 +47,6 @@ class Wanted:
     take: Callable[[Pairs, float, int], None]
     dtype: torch.dtype = torch.float32
     by_example: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the second moment of one score is added: its weight, its slot, and how many slots there are."""
-
-    weight: float
-    slot: int
-    slots: int
 
 
 def dtype_of(x: Tensor, wanted: Wanted | None) -> torch.dtype:
@@ -225,155 +211,8 @@ def _repeated(a: Tensor, examples: int) -> Tensor:
     return a.expand(*a.shape[:-3], examples, -1, -1)
 
 
-def reached_uses(
-    uses: Iterable[tuple[int, Entry, Use]], arrived: Mapping[Call, Mapping[str, Tensor]]
-) -> list[tuple[int, tuple[Entry, Use, Tensor]]]:
-    """The uses that a gradient arrived at, each with the number of its forward."""
-    found = ((index, entry, use, arrived[use.call].get(entry.layer.part.name)) for index, entry, use in uses)
-    return [(index, (entry, use, g)) for index, entry, use, g in found if g is not None]
-
-
-def add_gradients(
-    sums: dict[str, LayerSums],
-    reached: Iterable[tuple[Entry, Use, Tensor]],
-    place: Place,
-    examples: int,
-    wanted: Wanted | None = None,
-    of_parameters: Iterable[tuple[Layer, Tensor]] = (),
-    bases: Mapping[str, Bases] = MappingProxyType({}),
-) -> None:
-    """Add one score's g g^T to the sums of the layers reached, and hand on the pairs that are wanted.
-
-    Args:
-        sums: by layer name.
-        reached: the uses of layers that a gradient arrived at, with their g, one at a time.
-        place: where it is added.
-        examples: N.
-        wanted: what is asked for where it is not A and G of every layer.
-        of_parameters: layers in the universal form, with gradients [n, *shape of the parameter] that are squared one by
-            one.
-        bases: those in use, of layers that are kept in one.
-    """
-    pooled: dict[str, tuple[Layer, Tensor]] = {}
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    own: dict[str, tuple[Layer, list[tuple[Tensor, Tensor]]]] = {}
-    for entry, use, whole in reached:
-        layer, g = entry.layer, masked(whole, use.keep)
-        if wanted is not None and layer.name in wanted.pairs and use.a is not None:
-            uses.setdefault(layer.name, []).append(_pair(layer, use.a(), g, examples))
-        if entry.moments and layer.gradient_sums is not None and use.a is not None:
-            own.setdefault(layer.name, (layer, []))[1].append(_own_pair(layer, use.a(), g, examples))
-            continue
-        if not entry.moments:
-            _accumulate(sums, layer, g.sum(), place)
-            continue
-        if use.rows is not None:
-            some = expanded_gradient_moment(picked(g, use.rows), layer.gradient_moment)
-            _accumulate(sums, layer, some * (prod(g.shape[-3:-1]) / len(use.rows)), place)
-            continue
-        if layer.sharing == "expand":
-            _accumulate(sums, layer, expanded_gradient_moment(g, layer.gradient_moment), place)
-            continue
-        if use.batch != examples and not (layer.kind.looks_up and use.batch == 1):
-            raise CaptureError(
-                f"layer '{layer.name}' with sharing='reduce' has {use.batch} entries along its first dimension, the "
-                f"outputs have {examples} examples along theirs: keep examples along dimension 0 of both, or use "
-                f"sharing='expand' for it."
-            )
-        total = g.sum(dim=-2)
-        pooled[layer.name] = (layer, pooled[layer.name][1] + total if layer.name in pooled else total)
-    for layer, total in pooled.values():
-        _accumulate(sums, layer, layer.gradient_moment(total), place)
-    for layer, pairs in own.values():
-        assert layer.gradient_sums is not None
-        a, g = _joined(pairs)
-        of = bases.get(layer.name, IDENTITIES)
-        moment = layer.gradient_sums.of_pairs(a, g, layer.layout, layer.max_factor_dim, of)
-        _accumulate(sums, layer, moment, place)
-    for layer, gradients in of_parameters:
-        assert layer.gradient_sums is not None
-        D = gradients.to(dtype_of(gradients, wanted)).reshape(-1, *layer.layout.matrix_shape)
-        if wanted is None or layer.name in wanted.moments:
-            of = bases.get(layer.name, IDENTITIES)
-            moment = layer.gradient_sums.of_gradients(D, layer.layout, layer.max_factor_dim, of)
-            _accumulate(sums, layer, moment, place)
-        else:
-            _accumulate(sums, layer, D.sum(), place)
-        if wanted is not None and layer.name in wanted.pairs:
-            module, _ = layer.places[layer.name]
-            uses[layer.name] = [(layer.kind.activations(module, D), layer.kind.output_gradients(module, D))]
-    if wanted is not None and uses:
-        wanted.take({name: _joined(pairs) for name, pairs in uses.items()}, place.weight, place.slot)
-
-
-def _pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """(a, g) with dimension -3 counting examples: a weight gradient is squared only when all of an example is in it."""
-    # What all examples look up has the gradient of all of them, at drawn labels: as in the universal form, what is
-    # squared with it is on average the sum of the squares of each.
-    if examples == 1 or (layer.kind.looks_up and g.shape[-3] != examples):
-        return one_example(a), one_example(g)
-    if g.shape[-3] != examples:
-        raise CaptureError(
-            f"layer '{layer.name}' has {g.shape[-3]} entries along its first dimension, the outputs have {examples} "
-            f"examples along theirs: keep examples along dimension 0 of both, or use structure='kfac' for it, which "
-            f"takes no gradient of one example."
-        )
-    return a, g
-
-
-def _own_pair(layer: Layer, a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """The pair that the sums of a layer's own form are made of."""
-    return _pair(layer, a, g, examples) if layer.kind.looks_up else grouped_pair(a, g, examples)
-
-
-def grouped_pair(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """(a, g) with the entries that belong to one example as its positions, as far as their number tells.
-
-    Examples are along dimension 0, or along that of positions; or several entries in a row are one example's, as tokens
-    flattened batch-first or windows are. Entries of any other number, those that all examples share among them, are
-    the positions of one. Whatever is grouped, labels are drawn independently, so that no product between two examples
-    stays in expectation.
-    """
-    entries, positions = g.shape[-3:-1]
-    if examples == 1:
-        return one_example(a), one_example(g)
-    if entries == examples:
-        return a, g
-    if positions == examples:
-        return a.transpose(-3, -2), g.transpose(-3, -2)
-    if examples and entries % examples == 0:
-        runs = (examples, entries // examples)
-        return tuple(torch.unflatten(x, -3, runs).flatten(-3, -2) for x in (a, g))  # type: ignore[return-value]
-    return one_example(a), one_example(g)
-
-
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The uses of a layer as positions of one."""
-    if len(pairs) == 1:
-        return pairs[0]
-    if len({g.shape[-3] for _, g in pairs}) > 1:
-        pairs = [(one_example(a), one_example(g)) for a, g in pairs]
-    a, g = zip(*pairs, strict=True)
-    return joined(*a), joined(*g)
-
-
-def _accumulate(sums: dict[str, LayerSums], layer: Layer, moment: Tensor, place: Place) -> None:
-    mine = sums.get(layer.name)
-    if mine is not None:
-        mine.G[place.slot].add_(moment, alpha=place.weight)
-        return
-    moment = moment if place.weight == 1.0 else moment.mul_(place.weight)
-    if place.slots == 1:
-        G = moment.unsqueeze(0)
-    else:
-        G = moment.new_zeros(place.slots, *moment.shape)
-        G[place.slot] = moment
-    empty = moment.new_zeros(())
-    sums[layer.name] = LayerSums(empty, empty, G)
-
-
-def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bool = False) -> None:
-    """Put the inputs of the forwards heard into the sums of the layers reached; copies where these are kept."""
+def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward]) -> None:
+    """Put the inputs of the forwards heard, as these have them, into the sums of the layers reached."""
     for name, mine in sums.items():
         entries = [forward.entries[name] for forward in heard if name in forward.entries]
         if not entries:
@@ -387,8 +226,7 @@ def add_inputs(sums: dict[str, LayerSums], heard: Sequence[Forward], *, kept: bo
         layer = entries[0].layer
         if layer.sharing == "reduce" and entries[0].moments:
             inputs, count = reduced_input_moment(inputs, count, bias=layer.ones, moment=layer.input_moment)
-        # What becomes of the sums changes them in place.
-        mine.A, mine.A_count = (inputs.clone(), count.clone()) if kept else (inputs, count)
+        mine.A, mine.A_count = inputs, count
 
 
 def _same_examples(layer: Layer, mine: Tensor, theirs: Tensor) -> None:

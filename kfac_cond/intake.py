@@ -102,6 +102,8 @@ class Intake:
         #: The layers watched whose weight was seen to be used without a call of their module.
         self.functional: set[str] = set()
         self._pending: Statistics | None = None
+        #: Whether a forward that may be heard for again has the sums of inputs that are pending.
+        self._lent = False
         self._flags = Flags()
         #: What is on its way to the ranks that keep it.
         self._sent: list[Reduction | Alone] = []
@@ -200,6 +202,8 @@ class Intake:
         self._drop()
         if not parts:
             return None
+        # The sums are changed in place, and let go, layer by layer: forwards have them no longer.
+        self.capture.spent.clear()
         statistics, flags = _merged([(one.statistics, one.flags) for one in parts])
         return Captured(statistics, flags, set().union(*(one.functional for one in parts)))
 
@@ -366,11 +370,19 @@ class Intake:
         self._reached |= statistics.layers.keys()
         self._flags.note(statistics, invalid_labels=invalid)
         with torch.no_grad():
-            self._pending = statistics if self._pending is None else self._pending.merged(statistics)
+            self._add(statistics, lent=replaceable)
             if synchronises(self._model):
                 # The last of its step: it travels beside the backward.
                 self._send_off()
         return True
+
+    def _add(self, statistics: Statistics, *, lent: bool) -> None:
+        """Add a capture to what is pending; of one alone no sum is copied."""
+        if self._pending is not None:
+            mine = self._pending.with_own_inputs() if self._lent else self._pending
+            statistics = mine.merged(statistics.with_own_inputs() if lent else statistics)
+            lent = False
+        self._pending, self._lent = statistics, lent
 
 
 def _merged(parts: Sequence[tuple[Statistics, Flags]]) -> tuple[Statistics, Flags]:

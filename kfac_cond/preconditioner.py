@@ -182,7 +182,8 @@ class KFAC:
             "structure": self._wrapped.structure,
         }
         whole = self._shared.whole()
-        blocks = whole.blocks(whole.average.seen())
+        # A copy: the averages are changed in place by the steps to come.
+        blocks = copy.deepcopy(whole.blocks(whole.average.seen()))
         return Fisher(blocks, meta={**meta, "step": self._clock.at_most, "average": True})
 
     def __repr__(self) -> str:

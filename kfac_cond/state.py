@@ -28,7 +28,7 @@ from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 from .trust_region import TrustRegion
 
 FORMAT = "kfac_cond.KFAC"
-VERSION = 5
+VERSION = 6
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,11 @@ class Statistics:
             self.nonfinite | flags,
         )
 
+    def with_own_inputs(self) -> Statistics:
+        """The same, with copies of what is summed of inputs: where forwards keep that, it is not to change."""
+        layers = {name: LayerSums(sums.A.clone(), sums.A_count.clone(), sums.G) for name, sums in self.layers.items()}
+        return replace(self, layers=layers)
+
     def state(self) -> dict[str, Any]:
         """Everything but the slots, as plain values and tensors."""
         layers = {name: {"A": sums.A, "A_count": sums.A_count, "G": sums.G} for name, sums in self.layers.items()}
@@ -200,9 +205,10 @@ def check_finite(layers: Mapping[str, LayerSums]) -> tuple[Tensor, dict[str, Ten
 class MovingAverage:
     """Bias-corrected moving averages of A and G per layer: sum_s rho^(t-s) x_s / sum_s rho^(t-s).
 
-    Numerators and weights start at zero. The weight of A is the layer's own, since a layer that is not used skips its
-    A; G takes part in every capture, with zero where the layer was not used, since the loss divides by M all the same.
-    Each head has an average of G of its own, [heads, ..., d_out, d_out], and a weight of it, [heads].
+    Kept are the averages themselves, so that a refresh reads them where they are, and the denominators, their weights,
+    which start at zero. The weight of A is the layer's own, since a layer that is not used skips its A; G takes part in
+    every capture, with zero where the layer was not used, since the loss divides by M all the same. Each head has an
+    average of G of its own, [heads, ..., d_out, d_out], and a weight of it, [heads].
 
     Everything is decided on the device: a capture that is not finite, or has M = 0, changes nothing.
 
@@ -226,22 +232,23 @@ class MovingAverage:
         self.G_weight: dict[str, Tensor | None] = dict.fromkeys(names)
 
     def update(self, statistics: Statistics, *, decay: float) -> None:
-        """Take in one capture, whose sums are changed in place; ``decay`` is rho in [0, 1)."""
+        """Take in one capture, whose layers are taken out of it one by one; ``decay`` is rho in [0, 1)."""
         usable = statistics.finite & (statistics.divisor > 0)
         for name, weight in self.G_weight.items():
-            sums = statistics.layers.get(name)
+            sums = statistics.layers.pop(name, None)
             used = torch.zeros_like(statistics.finite)
             if sums is not None:
                 used = usable.any().to(sums.A.device) & (sums.A_count > 0)
-                A = self.A[name] = self._like(self.A, name, sums.A)
-                _blend(A, (sums.A, sums.A_count), used, decay)
-                self.A_weight[name] = _counted(self._weight(self.A_weight.get(name), sums.A_count), used, decay)
-                self.G[name] = self._like(self.G, name, sums.G)
-            like = self.G.get(name, usable)
+                part = _Part(used, self._weight(self.A_weight.get(name), sums.A_count), decay)
+                self.A[name], self.A_weight[name] = part.into(self.A.get(name), sums.A, sums.A_count), part.weight
+            like = self.G.get(name, usable) if sums is None else sums.G
             taken = usable.to(like.device)
-            if name in self.G:
-                _blend(like, None if sums is None else (sums.G, statistics.divisor.to(like.device)), taken, decay)
-            self.G_weight[name] = _counted(self._weight(weight, taken), taken, decay)
+            part = _Part(taken, self._weight(weight, taken), decay)
+            if sums is not None:
+                self.G[name] = part.into(self.G.get(name), sums.G, statistics.divisor.to(like.device))
+            elif name in self.G:
+                part.kept(like)
+            self.G_weight[name] = part.weight
             if name in self.needed:
                 self._count(name, used, usable.any(), decay)
 
@@ -252,22 +259,20 @@ class MovingAverage:
             store[name] = torch.where(taken.to(used.device), before * rate + used, before)
 
     @staticmethod
-    def _like(store: dict[str, Tensor], name: str, new: Tensor) -> Tensor:
-        """What is stored, where the layer's tensors are now; zeros where nothing is."""
-        return store[name].to(new) if name in store else torch.zeros_like(new)
-
-    @staticmethod
     def _weight(weight: Tensor | None, like: Tensor) -> Tensor:
         if weight is None:
             return torch.zeros(like.shape, dtype=count_dtype(like.device), device=like.device)
         return weight.to(like.device)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, G) of a layer; zeros where nothing usable has come in yet."""
-        G_weight = self.G_weight[name]
-        assert G_weight is not None
-        scales = {head: weight / M for head, (weight, M) in enumerate(zip(self.weights, _whole(G_weight), strict=True))}
-        return self.A[name] / _whole(self.A_weight[name]).to(self.A[name].dtype), combined(self.G[name], scales)
+        """(A, G) of a layer as they are kept, changed by the next capture; zeros where nothing usable came in yet."""
+        A, G = self.A[name], self.G[name]
+        if self.weights == (1.0,):
+            return A, G[0]
+        total = G[0] * self.weights[0]
+        for weight, of_head in zip(self.weights[1:], G[1:], strict=True):
+            total.add_(of_head, alpha=weight)
+        return A, total
 
     def restricted(
         self, names: Iterable[str], *, without: Iterable[str], needed: Mapping[str, int] | None = None
@@ -333,26 +338,43 @@ class MovingAverage:
         return [name for name in self.G_weight if name in self.A and name in self.G]
 
 
-def _blend(average: Tensor, new: tuple[Tensor, Tensor] | None, used: Tensor, decay: float) -> None:
-    """rho x + sum / divisor in the place of x where ``used``, else x as it is: no memory but that of both.
+@dataclass(frozen=True)
+class _Part:
+    """One capture's part in an average: x becomes (rho w x + sum / divisor) / (rho w + 1) where it is ``used``.
+
+    Elsewhere x is as it was. All of it is done in the memory of both.
 
     Args:
-        average: x.
-        new: (sum, divisor), of which the sum is changed; None for zero.
         used: 0-d, or of each head.
+        before: w, the weight of what came before, likewise.
         decay: rho.
     """
-    average.mul_(_wide(torch.where(used, torch.full_like(used, decay, dtype=average.dtype), 1), average))
-    if new is not None:
-        summed, divisor = new
+
+    used: Tensor
+    before: Tensor
+    decay: float
+
+    @property
+    def weight(self) -> Tensor:
+        """rho w + 1, or w."""
+        return torch.where(self.used, self.before * self.decay + 1, self.before)
+
+    def into(self, average: Tensor | None, summed: Tensor, divisor: Tensor) -> Tensor:
+        """The average with a sum taken in, which is changed; of none before it the sum's own memory."""
         # 0 times NaN would not be zero.
-        summed.masked_fill_(~_wide(used, summed), 0)
-        average.addcmul_(summed, _wide(torch.where(used, divisor.to(average.dtype).reciprocal(), 0), average))
+        summed.masked_fill_(~_wide(self.used, summed), 0)
+        share = torch.where(self.used, (self.weight * divisor).reciprocal(), 0)
+        share = _wide(share.to(summed.dtype), summed)
+        if average is None:
+            # A part of a larger buffer would keep all of it.
+            alone = summed.untyped_storage().nbytes() == summed.nbytes
+            return summed.mul_(share) if alone else summed * share
+        return self.kept(average.to(summed)).addcmul_(summed, share)
 
-
-def _counted(weight: Tensor, used: Tensor, decay: float) -> Tensor:
-    """rho w + 1 where ``used``, else w."""
-    return torch.where(used, weight * decay + 1, weight)
+    def kept(self, average: Tensor) -> Tensor:
+        """What stays of the average, in its place."""
+        share = torch.where(self.used, self.before * self.decay / self.weight, 1)
+        return average.mul_(_wide(share.to(average.dtype), average))
 
 
 def _wide(numbers: Tensor, like: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ DAMAGES = {
     "a list": (lambda state: [1, 2], "not a KFAC state: found list"),
     "a model's": (lambda state: network().state_dict(), r"not a KFAC state: found \['0.weight'"),
     "mixed keys": (lambda state: {1: 2, "a": 3}, "not a KFAC state"),
-    "another version": (changed("version", value=99), "version 99; this library reads version 5"),
+    "another version": (changed("version", value=99), "version 99; this library reads version 6"),
     "no step": (changed("step", drop=True), r"without \['step'\]"),
     "no layers": (changed("layers", drop=True), r"without \['layers'\]"),
     "layers a list": (changed("layers", value=[1]), "layers are list, expected pairs"),
