@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from .capture import Capture
 from .guards import without_autocast
 from .heads import Head, Sent, divisors
+from .layers.layer import Layer
 from .statistics import LayerSums, Slots, Statistics, check_finite
 
 
@@ -38,11 +39,13 @@ def gathered(
     examples = heads[0].likelihood.examples(heads[0].outputs)
     with without_autocast(heads[0].outputs.device):
         sums = capture.send_back(scores, slots=len(slots), examples=examples, again=again, replaceable=replaceable)
-    return None if sums is None else counted(sums, heads, slots, invalid)
+    return None if sums is None else counted(capture.layers, sums, heads, slots, invalid)
 
 
-def counted(sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, invalid: Tensor) -> Statistics:
+def counted(
+    layers: Mapping[str, Layer], sums: dict[str, LayerSums], heads: Sequence[Head], slots: Slots, invalid: Tensor
+) -> Statistics:
     """Sums of one batch with the counts and flags that the likelihoods give its outputs."""
     examples = heads[0].likelihood.examples(heads[0].outputs)
-    finite, nonfinite = check_finite(sums)
+    finite, nonfinite = check_finite({name: layers[name].largest(one.A, one.G) for name, one in sums.items()})
     return Statistics(sums, divisors(heads), slots, examples, finite & ~invalid.to(finite.device), nonfinite)

@@ -253,7 +253,7 @@ class Pass:
             invalid = invalid_targets(heads)
             with without_autocast(heads[0].outputs.device):
                 sums = self.capture.inputs()
-                return counted(sums, heads, self.slots, invalid) if sums else None, invalid
+                return counted(self.capture.layers, sums, heads, self.slots, invalid) if sums else None, invalid
         scores, invalid = self.expectation.scores(heads, batch, labels)
         return gathered(self.capture, heads, scores, slots=self.slots, invalid=invalid), invalid
 

@@ -195,9 +195,9 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(sums)).all()
 
 
-def check_finite(layers: Mapping[str, LayerSums]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Whether all sums are finite, and for each layer whether its own are not."""
-    bad = {name: ~all_finite([sums.A, sums.G]) for name, sums in layers.items()}
+def check_finite(layers: Mapping[str, Iterable[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Whether the sums of all layers are finite, and for each layer whether its own are not."""
+    bad = {name: ~all_finite(sums) for name, sums in layers.items()}
     flags = list(bad.values())
     return ~torch.stack([flag.to(flags[0].device) for flag in flags]).any(), bad
 

@@ -23,13 +23,17 @@ from .passes import Passes
 from .reference import assert_same
 
 
+def sums_of(layers: dict[str, LayerSums]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (sums.A, sums.G) for name, sums in layers.items()}
+
+
 def piece(value: float, *, M: float = 2.0, count: int = 4, adds: bool = True, names: str = "ab") -> Statistics:
     """Sums of one capture in which every layer has A = value * count and G = 10 value."""
     layers = {
         name: LayerSums(torch.eye(2) * value * count, torch.tensor(count), torch.eye(3)[None] * 10 * value)
         for name in names
     }
-    finite, nonfinite = check_finite(layers)
+    finite, nonfinite = check_finite(sums_of(layers))
     return Statistics(layers, torch.tensor([M]), Slots(adds=(adds,)), 5, finite, nonfinite)
 
 
@@ -128,7 +132,7 @@ def two_heads(M: list[float], values: list[float]) -> Statistics:
     G = torch.stack([torch.eye(3) * value for value in values])
     layers = {"a": LayerSums(torch.eye(2), torch.tensor(1), G)}
     slots = Slots((1.0, 3.0), (True, False), names=("x", "y"))
-    return Statistics(layers, torch.tensor(M), slots, 5, *check_finite(layers))
+    return Statistics(layers, torch.tensor(M), slots, 5, *check_finite(sums_of(layers)))
 
 
 def test_each_head_is_divided_by_its_own_M():
@@ -168,7 +172,7 @@ def test_groups_of_draws_are_estimates_whose_mean_is_that_of_all(draws, groups):
 def test_a_layer_with_one_bad_entry_is_found(where, bad):
     one = piece(1.0)
     getattr(one.layers["b"], where)[..., 0, 1] = bad
-    finite, nonfinite = check_finite(one.layers)
+    finite, nonfinite = check_finite(sums_of(one.layers))
     assert not finite
     assert (bool(nonfinite["a"]), bool(nonfinite["b"])) == (False, True)
 
@@ -297,6 +301,6 @@ def test_on_the_meta_device_it_runs():
 
     one = piece(1.0)
     layers = {name: LayerSums(meta(s.A), meta(s.A_count), meta(s.G)) for name, s in one.layers.items()}
-    statistics = Statistics(layers, meta(one.divisor), Slots(), 5, *check_finite(layers))
+    statistics = Statistics(layers, meta(one.divisor), Slots(), 5, *check_finite(sums_of(layers)))
     average = averaged(statistics, statistics.merged(statistics))
     assert average.factors("a")[0].is_meta

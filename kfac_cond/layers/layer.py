@@ -114,6 +114,20 @@ class Layer:
             of_G = self.gradient_sums.shape(self.layout, self.max_factor_dim)
         return of_A if self.sums_inputs else (), of_G
 
+    def largest(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what was summed for A and for G the entries that are finite only where all are.
+
+        Of sums of outer products those are the diagonals, the sums of squares: |sum x y|^2 <= sum x^2 sum y^2.
+        """
+        if self.gradient_sums is not None:
+            return A, G
+        sums, leading, diagonal = {"A": A, "G": G}, {"A": 0, "G": 1}, self.diagonal_sides
+        of_A, of_G = (
+            x if side in diagonal or x.dim() < leading[side] + 2 else x.diagonal(dim1=-2, dim2=-1)
+            for side, x in sums.items()
+        )
+        return of_A, of_G
+
     def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
         sums = self.gradient_sums
