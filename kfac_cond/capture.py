@@ -167,6 +167,8 @@ class Capture:
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model's call, and after an exception in it too."""
         self._eager.leave()
+        for forward in self.waiting[-1:]:
+            forward.last = None
         self._recording = self._foreign = False
 
     def _open(self, positions: Tensor | None) -> Forward:
@@ -220,11 +222,13 @@ class Capture:
                     a = given.to(dtype_of(given, self._wanted))
                     self._note(forward, layer, Use(call, module, keep), partial(_itself, a))
 
-    def _note(self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor]) -> None:
+    def _note(
+        self, forward: Forward, layer: Layer, use: Use, make: Callable[[], Tensor], given: Tensor | None = None
+    ) -> None:
         self.masks = (self.masks[0] or forward.positions is not None, self.masks[1] or use.keep is not None)
         if layer.fraction < 1:
             use.rows = self._run.rows(layer, make())
-        forward.add(layer, use, make, self._wanted)
+        forward.add(layer, use, make, self._wanted, given)
 
     def _layer(
         self, parts: dict[str, Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -244,7 +248,8 @@ class Capture:
                 a = make()
                 use.keep = both(kept(forward.positions, *a.shape[-3:-1]), layer.kind.present(module, a))
                 use.batch = a.shape[-3]
-            self._note(forward, layer, use, make)
+            given = next(iter((*args, *kwargs.values())), None) if layer.kind.of_input_alone else None
+            self._note(forward, layer, use, make, given)
 
     def _activations(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

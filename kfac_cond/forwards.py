@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -152,9 +154,26 @@ class Forward:
     ends: list[GradientEdge] = field(default_factory=list)
     #: Whether an explicit update may still take the place of what was heard of it.
     replaceable: bool = False
+    #: What the last layer was given, where the next one may be given the same, as queries, keys and values are.
+    last: Given | None = None
 
-    def add(self, layer: Layer, use: Use, make: Callable[[], Tensor], wanted: Wanted | None = None) -> None:
-        """Add one call of a layer; ``make`` gives its activations [..., batch, positions, d_in]."""
+    def add(
+        self,
+        layer: Layer,
+        use: Use,
+        make: Callable[[], Tensor],
+        wanted: Wanted | None = None,
+        given: Tensor | None = None,
+    ) -> None:
+        """Add one call of a layer.
+
+        Args:
+            layer: the layer.
+            use: the call.
+            make: gives its activations [..., batch, positions, d_in].
+            wanted: what is asked for where it is not A and G of every layer.
+            given: the input that these are made of, where they depend on nothing else.
+        """
         moments = wanted is None or layer.name in wanted.moments
         if wanted is not None and layer.name in wanted.pairs:
             # Made here, so that all draws share one tensor; of its own, whatever becomes of the input.
@@ -165,7 +184,9 @@ class Forward:
             # which would hold itself, and with it the graph, until a garbage collection.
             keep = use.keep
             use.a = lambda: _homogeneous(layer, make(), keep)
-        inputs, count = _inputs(layer, use, make, moments=moments)
+        inputs, count = self._inputs(
+            layer, use, make, given if moments and layer.sums_every_position else None, moments
+        )
         entry = self.entries.get(layer.name)
         if entry is None:
             self.entries[layer.name] = Entry(layer, inputs, count, [use], moments)
@@ -173,6 +194,40 @@ class Forward:
         _same_examples(layer, entry.inputs, inputs)
         entry.inputs, entry.count = entry.inputs + inputs, entry.count + count
         entry.uses.append(use)
+
+    def _inputs(
+        self, layer: Layer, use: Use, make: Callable[[], Tensor], given: Tensor | None, moments: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What one call adds to the inputs of an entry, and to their count; copies where the last had its input."""
+        asked = (layer.ones, layer.layout.weight is None, make().dtype) if given is not None else ()
+        if self.last is not None and given is not None and self.last.holds(given, asked):
+            use.batch = self.last.batch
+            return self.last.inputs.clone(), self.last.count.clone()
+        inputs, count = _inputs(layer, use, make, moments=moments)
+        self.last = None if given is None else Given(given, asked, use.batch, inputs, count)
+        return inputs, count
+
+
+class Given:
+    """The input of a call, which is not kept alive for it, and the sums that were made of it.
+
+    Args:
+        given: the input.
+        asked: what else the sums depend on.
+        batch: the size of its dimension that counts examples.
+        inputs: the sum over positions of a a^T.
+        count: their number.
+    """
+
+    def __init__(self, given: Tensor, asked: tuple[Any, ...], batch: int, inputs: Tensor, count: Tensor) -> None:
+        self.batch, self.inputs, self.count = batch, inputs, count
+        self._given, self._asked = ref(given), asked
+        self._versions = given._version, inputs._version
+
+    def holds(self, given: Tensor, asked: tuple[Any, ...]) -> bool:
+        """Whether another call had the same input, and neither it nor what was made of it was changed since."""
+        same = self._given() is given and self._asked == asked
+        return same and self._versions == (given._version, self.inputs._version)
 
 
 def _inputs(layer: Layer, use: Use, make: Callable[[], Tensor], *, moments: bool) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,8 @@ class LayerKind(ABC):
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     #: Whether one call may look up what all examples share (positions, say), so that no dimension counts examples.
     looks_up: ClassVar[bool] = False
+    #: Whether activations are made of the first input alone, whatever the module is.
+    of_input_alone: ClassVar[bool] = False
     #: Effective label draws before a layer is preconditioned in training.
     draws_needed: ClassVar[int] = 1
     #: What is summed of the weight gradients of examples, where it is not a a^T and g g^T of positions.

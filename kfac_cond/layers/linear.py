@@ -18,6 +18,7 @@ class LinearKind(LayerKind):
 
     name: ClassVar[str] = "linear"
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    of_input_alone: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         """Every linear layer but attention's out_proj, whose module is never called."""
