@@ -21,8 +21,8 @@ from ..linalg.pairs import (
     input_moment_diagonal,
     output_moment,
     output_moment_diagonal,
-    rotated,
     squared_gradients,
+    squared_gradients_in_bases,
 )
 from ..linalg.sides import Side, identity
 from .layout import WeightLayout
@@ -168,7 +168,7 @@ class EigenSquares(GradientSums):
     ) -> Tensor:
         """Both from pairs."""
         of_A, of_G = (None if basis is None else basis.to(g) for basis in bases)
-        squares = squared_gradients(rotated(a, of_A), rotated(g, of_G))
+        squares = squared_gradients_in_bases(a, g, of_A, of_G)
         return torch.cat([self.moments.of_pairs(a, g, layout, max_factor_dim), squares.flatten()])
 
     def of_gradients(self, V: Tensor, layout: WeightLayout, max_factor_dim: int, bases: Bases = IDENTITIES) -> Tensor:

@@ -37,6 +37,28 @@ def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
     return sums
 
 
+def squared_gradients_in_bases(a: Tensor, g: Tensor, of_A: Tensor | None, of_G: Tensor | None) -> Tensor:
+    """The sum over n of U_G^T V_n U_A squared entry by entry, [..., o, i], in the cheaper of two orders.
+
+    Through a and g in the bases, or, where an example has many positions, through V_n brought to them.
+
+    Args:
+        of_A: U_A, [..., i, i], orthonormal columns; None for the identity.
+        of_G: U_G, [..., o, o], likewise.
+    """
+    positions, d_out, d_in = a.shape[-2], g.shape[-1], a.shape[-1]
+    of_pairs = (of_A is not None) * positions * d_in**2 + (of_G is not None) * positions * d_out**2
+    of_gradients = (of_A is not None) * d_out * d_in**2 + (of_G is not None) * d_out**2 * d_in
+    # Of one position no V_n is formed in the first order.
+    if positions == 1 or of_pairs <= of_gradients or not isinstance(a, Tensor):
+        return squared_gradients(rotated(a, of_A), rotated(g, of_G))
+    sums = g.new_zeros((*g.shape[:-3], d_out, d_in))
+    for some_a, some_g in _chunks(a, g):
+        v = rotated(example_gradients(some_a, some_g), of_A)
+        sums += rotated(v.mT, of_G).mT.square().sum(dim=-3)
+    return sums
+
+
 @sparse.form(sparse.row_moments)
 def row_moments(a: Tensor, g: Tensor) -> Tensor:
     """For each row o of V the sum over n of V_n[o] V_n[o]^T, [..., o, i, i], in the cheaper of two orders.

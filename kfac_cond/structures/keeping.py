@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..layers.layout import WeightLayout
-from ..linalg.pairs import input_moment, output_moment, rotated, squared_gradients
+from ..linalg.pairs import input_moment, output_moment, squared_gradients_in_bases
 from ..statistics import combined
 from .base import Block
 from .collectors import Collector, Scales, Sums, add_to
@@ -76,8 +76,8 @@ class EigenCollector(KeepingCollector):
         if self.basis is None:
             super().add(a, g, weight, slot)
             return
-        a, g = rotated(a, self.basis.basis_A), rotated(g, self.basis.basis_G)
-        add_to(self.sums, slot, squared_gradients(a, g), weight)
+        squares = squared_gradients_in_bases(a, g, self.basis.basis_A, self.basis.basis_G)
+        add_to(self.sums, slot, squares, weight)
 
     def block(self, factors: KroneckerBlock | None, scales: Scales) -> Block | None:
         if factors is None:

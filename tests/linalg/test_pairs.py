@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_cond.linalg import pairs
 
@@ -39,6 +40,28 @@ def test_example_gradients(pair):
 def test_squared_gradients(pair, most, monkeypatch):
     monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
     assert_same(pairs.squared_gradients(*pair), gradients(*pair).square().sum(-3))
+
+
+@pytest.mark.parametrize("turned", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("most", [1, 30, 2**24])
+def test_squared_gradients_in_bases(pair, most, turned, monkeypatch):
+    monkeypatch.setattr(pairs, "MAX_ELEMENTS", most)
+    V = gradients(*pair)
+    whole = [torch.linalg.qr(torch.randn(*x.shape[:-3], x.shape[-1], x.shape[-1]))[0] for x in pair]
+    of_A, of_G = (basis if one else None for basis, one in zip(whole, turned, strict=True))
+    expected = V if of_A is None else V @ of_A.unsqueeze(-3)
+    expected = expected if of_G is None else of_G.mT.unsqueeze(-3) @ expected
+    assert_same(pairs.squared_gradients_in_bases(*pair, of_A, of_G), expected.square().sum(-3))
+
+
+@pytest.mark.parametrize("positions", [1, 2, 100])
+def test_of_many_positions_the_gradients_are_brought_to_the_bases(positions):
+    a, g = torch.randn(4, positions, 8), torch.randn(4, positions, 6)
+    with FlopCounterMode(display=False) as counted:
+        pairs.squared_gradients_in_bases(a, g, torch.eye(8), torch.eye(6))
+    formed = 4 * positions * 8 * 6
+    of_pairs, of_gradients = 4 * positions * (8 * 8 + 6 * 6), 4 * 8 * 6 * (8 + 6)
+    assert counted.get_total_flops() == 2 * (formed + min(of_pairs, of_gradients))
 
 
 @pytest.mark.parametrize("most", [1, 30, 2**24])
