@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .products import gram
+from .products import gram, tall_product
 
 Index = tuple[int, ...]
 """A number for each axis."""
@@ -215,24 +215,28 @@ def _whole_moment(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
 
 class _Images:
-    """The image of each remainder as rows, with zeros between whatever is apart."""
+    """The image of each remainder as rows, with zeros between whatever is apart.
+
+    What is along the first axis goes first, before the examples: a shift along it leaves nothing to be kept apart.
+    """
 
     def __init__(self, x: Tensor, axes: tuple[Axis, ...]) -> None:
         self.x, self.axes = x, axes
-        self.space = [axis.length + axis.gap for axis in axes]
-        self.steps = [prod(self.space[index + 1 :]) for index in range(len(axes))]
+        self.space = [axes[0].length, x.shape[1], *(axis.length + axis.gap for axis in axes[1:])]
+        first, _, *others = [prod(self.space[index + 1 :]) for index in range(len(self.space))]
+        self.steps = [first, *others]
         self.flat: dict[Index, Tensor] = {}
 
     def of(self, remainders: Index) -> Tensor:
-        """The rows [groups, n * space, channels] of one remainder."""
+        """The rows [groups, space, channels] of one remainder."""
         if remainders not in self.flat:
-            groups, n, *_, channels = self.x.shape
+            groups, *_, channels = self.x.shape
             index: list[slice] = [
                 slice(first, None, axis.stride) for first, axis in zip(remainders, self.axes, strict=True)
             ]
-            pixels = _at(self.x, 2, index)
-            rows = pixels.new_zeros(groups, n, *self.space, channels)
-            _at(rows, 2, [slice(size) for size in pixels.shape[2:-1]]).copy_(pixels)
+            pixels = _at(self.x, 2, index).movedim(2, 1)
+            rows = pixels.new_zeros(groups, *self.space, channels)
+            _at(rows, 1, [slice(size) for size in pixels.shape[1:-1]]).copy_(pixels)
             self.flat[remainders] = rows.flatten(1, -2)
         return self.flat[remainders]
 
@@ -243,8 +247,9 @@ class _Images:
         if mine == theirs and shift == 0:
             return gram(a)
         count = max(a.shape[1] - abs(shift), 0)
-        return a.narrow(1, a.shape[1] - count if shift < 0 else 0, count).mT @ b.narrow(
-            1, b.shape[1] - count if shift > 0 else 0, count
+        return tall_product(
+            a.narrow(1, a.shape[1] - count if shift < 0 else 0, count),
+            b.narrow(1, b.shape[1] - count if shift > 0 else 0, count),
         )
 
 
@@ -265,7 +270,8 @@ def _products(axes: tuple[Axis, ...]) -> list[tuple[int, int, int]]:
     """Those of pixels without zeros between them."""
     if not axes:
         return [(1, 1, 1)]
-    own = (product_count(axes), prod(axis.length + axis.gap for axis in axes), 1)
+    first, *others = axes
+    own = (product_count(axes), first.length * prod(axis.length + axis.gap for axis in others), 1)
     frames = [
         (number, rows, channels * len(pixels))
         for _, pixels, others in _frames(axes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
+from einops import rearrange
 from torch import Tensor
 
 PANELS = 8
@@ -11,6 +14,8 @@ NARROWEST = {"cpu": 128}
 """Columns of a panel at least, by type of device: of fewer the product takes longer than is saved."""
 NARROWEST_ELSEWHERE = 1024
 """The same on every other device, which multiplies many columns at once."""
+PIECE = 2048
+"""Rows that one thread of the host takes of a product of few columns, which its library shares out badly."""
 
 
 def symmetrise(matrix: Tensor) -> Tensor:
@@ -35,6 +40,28 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     return mirrored(out)
 
 
+def tall_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b; of many rows and few columns by pieces, which threads of the host take at once.
+
+    Args:
+        a: [..., n, d].
+        b: [..., n, e].
+    """
+    if not _in_pieces(a, b):
+        return a.mT @ b
+    whole = a.shape[-2] // PIECE * PIECE
+    pieces = [rearrange(x[..., :whole, :], "... (pieces rows) d -> ... pieces rows d", rows=PIECE) for x in (a, b)]
+    total: Tensor = (pieces[0].mT @ pieces[1]).sum(-3) + a[..., whole:, :].mT @ b[..., whole:, :]
+    return total
+
+
+def _in_pieces(a: Tensor, b: Tensor) -> bool:
+    if a.device.type != "cpu" or (threads := torch.get_num_threads()) == 1:
+        return False
+    alone = prod(a.shape[:-2]) == 1
+    return alone and a.shape[-2] >= 2 * threads * PIECE and max(a.shape[-1], b.shape[-1]) <= NARROWEST["cpu"]
+
+
 def add_gram(upper: Tensor, x: Tensor) -> None:
     """Add x^T x to a matrix, in the blocks on and above the diagonal; ``mirrored`` makes it whole.
 
@@ -49,6 +76,10 @@ def _multiply_into(upper: Tensor, x: Tensor, *, keeping: int) -> None:
     """Blocks of x^T x where they are to be, plus what is there times ``keeping``: no product in memory of its own."""
     if x.ndim > 3:
         upper, x = upper.flatten(0, -3), x.flatten(0, -3)
+    if _in_pieces(x, x):
+        product = tall_product(x, x)
+        upper.copy_(product + upper if keeping else product)
+        return
     for panel in _panels(x.shape[-1], x.device):
         block = upper[..., panel, panel.start :]
         add_product = torch.addmm if x.ndim == 2 else torch.baddbmm

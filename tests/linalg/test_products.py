@@ -13,6 +13,7 @@ from kfac_cond.linalg.moments import second_moment
 from kfac_cond.linalg.products import add_gram, gram, gram_flops, mirrored
 
 from ..passes import Passes
+from ..reference import assert_same
 
 SHAPES = [(7, 3), (0, 3), (5, 128), (9, 129), (9, 255), (9, 256), (2, 5, 300), (2, 3, 0, 300), (3, 2050)]
 
@@ -33,6 +34,34 @@ def test_sums_over_pieces_and_is_then_made_whole():
     found = mirrored(upper)
     torch.testing.assert_close(found, x.mT @ x, rtol=0, atol=1e-12)
     assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2,)], ids=str)
+@pytest.mark.parametrize("rows", [15, 16, 17, 50])
+def test_many_rows_are_shared_out_among_threads(rows, leading, monkeypatch):
+    monkeypatch.setattr(products, "PIECE", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    a, b = torch.randn(*leading, rows, 3), torch.randn(*leading, rows, 5)
+    with Passes() as passes:
+        found = products.tall_product(a, b)
+    assert_same(found, a.mT @ b)
+    pieces = rows // 4 if rows >= 16 and leading != (2,) else 0
+    assert (pieces, 3, 4, 5) in passes.products or not pieces
+    assert len(passes.products) == 1 + bool(pieces)
+    assert_same(gram(a), a.mT @ a)
+    assert torch.equal(gram(a), gram(a).mT)
+    upper = torch.zeros(*leading, 3, 3)
+    for _ in range(2):
+        add_gram(upper, a)
+    assert_same(mirrored(upper), 2 * a.mT @ a)
+
+
+def test_one_thread_takes_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr(products, "PIECE", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with Passes() as passes:
+        products.tall_product(torch.randn(100, 3), torch.randn(100, 5))
+    assert passes.products == [(3, 100, 5)]
 
 
 @pytest.mark.parametrize(("d", "share"), [(128, 1), (256, 3 / 4), (512, 5 / 8), (1024, 9 / 16), (2048, 9 / 16)])
