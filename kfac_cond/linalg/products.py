@@ -36,6 +36,10 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     d = x.shape[-1]
     out = x.new_empty(*x.shape[:-2], d, d) if out is None else out
+    if x.device.type == "cpu" and torch.get_num_threads() > 1:
+        # New memory is mapped where it is first written: here each thread has pages to itself, in a panel they share
+        # all of them.
+        out.zero_()
     _multiply_into(out, x, keeping=0)
     return mirrored(out)
 
