@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,14 @@ from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
 from .layers.layer import Layer
 from .layers.naming import named_modules
+from .layers.registry import registered
 from .layers.shards import has_stand_ins
 from .layers.survey import Survey, survey
 
 logger = logging.getLogger("kfac_cond")
+
+PLAIN = (bool, int, float, str, tuple)
+"""Types of attributes that say what a module computes: a stride, a mode of padding."""
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -122,6 +127,29 @@ def require_covering(model: nn.Module, found: Survey) -> None:
     name_left_out(found)
 
 
+class Marks:
+    """What a survey looks at, in a form that is soon compared: where two are equal, so is what is covered.
+
+    Modules, their kinds and their parameters are compared by identity, plain attributes by value.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: list[object] = []
+        self._plain: list[object] = []
+        for name, module in named_modules(model):
+            parameters = module._parameters
+            self._held += (module, type(module), type(module).forward, *registered(module), *parameters.values())
+            kept = {key: (tuple(p.shape), p.requires_grad) for key, p in parameters.items() if p is not None}
+            plain = {key: one if isinstance(one, PLAIN) else None for key, one in vars(module).items()}
+            self._plain.append((name, kept, plain))
+
+    def same(self, other: Marks) -> bool:
+        """Whether nothing that a survey looks at differs."""
+        if len(self._held) != len(other._held) or self._plain != other._plain:
+            return False
+        return all(map(is_, self._held, other._held))
+
+
 class Wrapped:
     """A model with the settings it was wrapped with: its layers as they were then, and as they are now.
 
@@ -141,6 +169,7 @@ class Wrapped:
         self.functional: frozenset[str] = frozenset()
         self._survey = self.now()
         require_covering(model, self._survey)
+        self._marks = Marks(model)
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -158,7 +187,7 @@ class Wrapped:
         require_covering(self.model, fresh)
         changed = [name for name, layer in self.layers.items() if fresh.layers.get(name) != layer]
         self.functional = self.functional if functional is None else functional
-        self._survey = fresh
+        self._survey, self._marks = fresh, Marks(self.model)
         return changed
 
     def without_a_form(self, functional: set[str]) -> list[str]:
@@ -180,6 +209,9 @@ class Wrapped:
         Raises:
             ModelChangedError: with the names of what changed.
         """
+        marks = Marks(self.model)
+        if marks.same(self._marks):
+            return
         now, layers = self.now().layers, self.layers
         changed = sorted(name for name in now.keys() | layers.keys() if now.get(name) != layers.get(name))
         if changed:
@@ -188,3 +220,4 @@ class Wrapped:
                 f"resized, frozen, unfrozen, added or taken out): {', '.join(changed)}. Call kfac.refresh() after such "
                 f"a change; it keeps what still fits."
             )
+        self._marks = marks

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
+from kfac_cond import wrapping
+from kfac_cond.wrapping import Wrapped
 
 from .training import (
     EVERY_STEP,
@@ -245,3 +247,40 @@ def test_training_takes_no_other_structure_by_rule(structure):
         kc.ArgumentError, match=f"structure='{structure}', expected one of kfac, tkfac, diagonal, ekfac for training"
     ):
         kc.KFAC(model, "categorical", rules={"0": {"structure": structure}})
+
+
+def test_a_model_that_did_not_change_is_not_surveyed_again(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    wrapped = Wrapped(model, {}, "kfac")
+    surveys = []
+    original = wrapping.survey
+    monkeypatch.setattr(wrapping, "survey", lambda *args, **kwargs: surveys.append(1) or original(*args, **kwargs))
+    for _ in range(3):
+        wrapped.require_unchanged()
+    assert not surveys
+    # What changes nothing that is covered is looked at once.
+    model.eval()
+    for _ in range(3):
+        wrapped.require_unchanged()
+    assert len(surveys) == 1
+
+
+CHANGES = {
+    "replaced": lambda model: setattr(model, "0", torch.nn.Linear(3, 5)),
+    "another parameter": lambda model: setattr(model[0], "weight", torch.nn.Parameter(torch.randn(4, 4))),
+    "frozen": lambda model: model[0].weight.requires_grad_(False),
+    "taken out": lambda model: model.pop(2),
+    "added": lambda model: model.append(torch.nn.Linear(2, 2)),
+    "another forward": lambda model: setattr(model[0], "forward", lambda x: x),
+    "another attribute": lambda model: setattr(model[3], "stride", (2,)),
+    "of another class": lambda model: setattr(model[0], "__class__", type("Own", (torch.nn.Linear,), {"forward": abs})),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_a_survey_looks_at_is_marked(change):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2), torch.nn.Conv1d(1, 1, 1))
+    before = wrapping.Marks(model)
+    assert wrapping.Marks(model).same(before)
+    CHANGES[change](model)
+    assert not wrapping.Marks(model).same(before)
