@@ -64,7 +64,14 @@ def precondition(
         What the trust region gave; None where nothing was asked of it.
     """
     parted = _parted(layers, names, shared, trust_region)
-    updates = updates_of(layers, [name for name in names if name not in parted], gradients, shared, rates)
+    updates = updates_of(
+        layers,
+        [name for name in names if name not in parted],
+        gradients,
+        shared,
+        rates,
+        measured=trust_region is not None,
+    )
     if not parted:
         scale = trust_region_scale(trust_region, updates, grad_scale) if updates and trust_region is not None else None
         write(layers, gradients, updates, scale)
@@ -150,6 +157,8 @@ def updates_of(
     gradients: Mapping[str, Mapping[str, Tensor]],
     shared: Shared,
     rates: Mapping[int, float | Tensor],
+    *,
+    measured: bool,
 ) -> dict[str, LayerUpdate]:
     """The preconditioned gradients of the layers that have an inverse, here or elsewhere; nothing is written.
 
@@ -159,15 +168,20 @@ def updates_of(
         gradients: by layer and parameter, as they are on all ranks.
         shared: has the inverses, and the ranks that take part.
         rates: learning rates by the parameter's identity.
+        measured: whether updates are looked at beside the gradients, whose matrices are then held; else each is let go
+            once it is multiplied.
     """
     ranks, factors = shared.ranks(), shared.factors
     inverted = [name for name in names if name in factors.inverted]
-    matrices = {name: gradient_matrix(layers[name], gradients[name]) for name in inverted if name in gradients}
-    mine = {}
-    for name, matrix in matrices.items():
+    matrices, mine = {}, {}
+    for name in inverted:
+        if name not in gradients:
+            continue
+        matrix = gradient_matrix(layers[name], gradients[name])
         inverse = factors.inverse_of(name, matrix)
         if inverse is not None:
             mine[name] = inverse.matvec(matrix)
+        matrices[name] = matrix if measured else matrix.new_empty(0)
     found = ranks.exchanged(inverted, mine)
     return {name: LayerUpdate(one, found[name], rate_of(layers[name], rates), name) for name, one in matrices.items()}
 
