@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -67,6 +68,29 @@ def refresh_flops(layer: Layer, costing: Costing) -> int:
         prod(shape) * (_CUBIC[_rule(layer, costing)] * shape[-1] if _is_whole(layer, shape) else 1)
         for shape in _sides(layer)
     )
+
+
+AT_ONCE = {"cpu": 2**19}
+"""Numbers of the sides of layers that are inverted at a time, by type of device, unless one layer alone has more."""
+AT_ONCE_ELSEWHERE = 2**28
+"""The same on every other device, which inverts many matrices of one size at once, and is waited for each time."""
+
+
+def in_parts(names: Iterable[str], layers: Mapping[str, Layer]) -> Iterator[list[str]]:
+    """Layers in their order, as many at a time as are inverted together."""
+    part: list[str] = []
+    room = 0
+    for name in names:
+        layer = layers[name]
+        size = sum(map(prod, _sides(layer)))
+        if size > room:
+            if part:
+                yield part
+            part, room = [], AT_ONCE.get(layer.device.type, AT_ONCE_ELSEWHERE)
+        part.append(name)
+        room -= size
+    if part:
+        yield part
 
 
 def update_flops(layer: Layer, costing: Costing) -> int:

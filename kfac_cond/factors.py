@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .costs import in_parts
 from .damping import DampingNow
 from .distributed import Ranks
 from .health import Flags, Health
@@ -131,7 +132,7 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        make = partial(self._owned_inverses, damping, only)
+        make = partial(self._invert, damping, only)
         rungs, fresh, self.health.unsettled = ranks.inverted(
             make, self.inverses, self.health.unsettled, rule=damping.rule
         )
@@ -145,20 +146,30 @@ class Factors:
         self.rescale(damping, ranks)
         self.health.climbed(rungs)
 
-    def _owned_inverses(
-        self, damping: DampingNow, only: Container[str] | None, owned: Container[str]
-    ) -> tuple[dict[str, Block], dict[str, Rung]]:
-        """The inverses of the layers owned that are due and worth it, and how far each factorisation climbed."""
+    def _invert(
+        self, damping: DampingNow, only: Container[str] | None, owned: Container[str], into: dict[str, Block]
+    ) -> dict[str, Rung]:
+        """Put the inverses of the layers owned that are due and worth it in the place of those before.
+
+        Some layers at a time, so that beside what is kept there are the matrices of these alone.
+
+        Returns:
+            How far each factorisation climbed.
+        """
         unused = self.average.unused()
         again = self.health.unsettled | (set(self.ready) - self.inverted)
         usable = [name for name in self.average.ready if name in owned and name not in unused]
         due = [name for name in usable if only is None or name in only or name in again]
-        turned = self._turn(due)
-        blocks = self.blocks(due)
-        inverses, rungs = damped_inverses_of(
-            blocks, self._dampings(blocks, damping), rule=damping.rule, previous=self.inverses
-        )
-        return inverses, {name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()}
+        climbed: dict[str, Rung] = {}
+        for names in in_parts(due, self.layers):
+            turned = self._turn(names)
+            blocks = self.blocks(names)
+            inverses, rungs = damped_inverses_of(
+                blocks, self._dampings(blocks, damping), rule=damping.rule, previous=into
+            )
+            into |= inverses
+            climbed |= {name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()}
+        return climbed
 
     def refresh_unread(self, names: Iterable[str], damping: DampingNow, ranks: Ranks) -> None:
         """Invert those of these averages that were inverted before, on the step path: what fails stays as it was.
@@ -199,8 +210,9 @@ class Factors:
         """
         flags = {}
         for name, (A, G) in self.references.items():
-            now = self.average.factors(name)
-            changes = [_relative_change(new, old.to(new)) for new, old in zip(now, (A, G[0]), strict=True)]
+            # Of the matrices: in a triangle the diagonal counts twice.
+            now, before = (self.layers[name].whole(*pair) for pair in (self.average.factors(name), (A, G[0])))
+            changes = [_relative_change(new, old.to(new)) for new, old in zip(now, before, strict=True)]
             flags[name] = (torch.stack(changes) > share).any().reshape(1)
         moved = read_status(list(flags.values()))
         return {name for name, flag in zip(flags, moved, strict=True) if flag}

@@ -53,7 +53,8 @@ class Used:
         *_, batch, positions, _ = shape
         self.examples = max(self.examples, batch)
         if of_inputs is not None and layer.sums_every_position:
-            self.saved += moment_flops(layer, batch * positions, layer.sum_shapes[0]) - of_inputs
+            of_A, _ = layer.kind.sum_shapes(layer.layout, layer.max_factor_dim)
+            self.saved += moment_flops(layer, batch * positions, of_A) - of_inputs
         # For 'reduce' all calls are pooled before anything is multiplied.
         self.rows = self.rows + batch * positions if layer.sharing == "expand" else max(self.rows, batch)
 

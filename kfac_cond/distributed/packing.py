@@ -12,6 +12,7 @@ from torch import Tensor
 from ..damping import Rule
 from ..layers.layer import Layer
 from ..layers.summed import GradientMoments, GradientSquares
+from ..linalg.triangles import fold, triangle_size, unfolded
 from ..statistics import LayerSums
 from ..structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 
@@ -37,7 +38,7 @@ class Piece:
         if not self.symmetric:
             return prod(self.shape)
         *leading, d, _ = self.shape
-        return prod(leading) * (d * (d + 1) // 2)
+        return prod(leading) * triangle_size(d)
 
     def pack(self, tensor: Tensor, flat: Tensor) -> None:
         """Write the numbers to send into a stretch of zeros."""
@@ -57,41 +58,6 @@ class Piece:
         if self.symmetric:
             return unfolded(flat, self.shape)
         return flat.reshape(self.shape).clone()
-
-
-def fold(matrix: Tensor, flat: Tensor) -> None:
-    """Write one triangle of symmetric matrices [..., d, d], d (d + 1) / 2 numbers of each, into zeros [n].
-
-    The matrix is cut into four blocks. The triangles of the two on its diagonal make one rectangle, the block beside
-    them is another, so that no index of the size of the matrix is formed.
-
-    Source: Gustavson, Wasniewski, Dongarra & Langou 2010 (rectangular full packed format).
-    """
-    d = matrix.shape[-1]
-    k = d // 2
-    m = d - k
-    leading = matrix.shape[:-2]
-    both, beside = torch.split(flat.view(*leading, -1), [m * (k + 1), k * m], dim=-1)
-    both, beside = both.view(*leading, m, k + 1), beside.view(*leading, k, m)
-    both[..., :m] += matrix[..., k:, k:].tril().to(flat.device)
-    both[..., :k, 1:] += matrix[..., :k, :k].triu().to(flat.device)
-    beside.copy_(matrix[..., :k, k:])
-
-
-def unfolded(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrices of ``shape`` [..., d, d] that ``fold`` took."""
-    *leading, d, _ = shape
-    k = d // 2
-    m = d - k
-    both, beside = torch.split(flat.reshape(*leading, -1), [m * (k + 1), k * m], dim=-1)
-    both, beside = both.reshape(*leading, m, k + 1), beside.reshape(*leading, k, m)
-    matrix = flat.new_empty(shape)
-    lower, upper = both[..., :m].tril(), both[..., :k, 1:].triu()
-    matrix[..., k:, k:] = lower + lower.tril(-1).mT
-    matrix[..., :k, :k] = upper + upper.triu(1).mT
-    matrix[..., :k, k:] = beside
-    matrix[..., k:, :k] = beside.mT
-    return matrix
 
 
 def limbs(counts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,6 +81,8 @@ def sum_pieces(layer: Layer, slots: int) -> tuple[Piece, ...]:
         sides = zip("AG", layer.layout.side_shapes(layer.max_factor_dim), strict=True)
         return Piece(of_A), *(Piece((slots, *shape), whole[side]) for side, shape in sides)
     if layer.gradient_sums is not None:
+        return Piece(of_A), Piece((slots, *of_G))
+    if layer.triangles:
         return Piece(of_A), Piece((slots, *of_G))
     return Piece(of_A, whole["A"]), Piece((slots, *of_G), whole["G"])
 

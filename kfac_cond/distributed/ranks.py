@@ -27,7 +27,8 @@ from .shuffle import Shuffle, Shuffles
 _WANTING = 16
 """What is added to the code of a rung where the layer was found unsettled."""
 
-Make = Callable[[Container[str]], tuple[dict[str, Block], dict[str, Rung]]]
+Make = Callable[[Container[str], dict[str, Block]], dict[str, Rung]]
+"""Puts the inverses of layers that this rank owns among others, and says how far each factorisation climbed."""
 
 
 class Alone:
@@ -103,15 +104,16 @@ class Ranks:
     # -- a refresh ----------------------------------------------------------------------------------------------------
 
     def inverted(
-        self, make: Make, previous: Mapping[str, Block], unsettled: Set[str], *, rule: Rule
+        self, make: Make, previous: dict[str, Block], unsettled: Set[str], *, rule: Rule
     ) -> tuple[dict[str, Rung], dict[str, Block], Set[str]]:
         """How far the factorisation of each layer climbed on its owner, the inverses, and which layers were unsettled.
 
         The inverses are those that this rank works with, without those of layers in 'ekfac' that others own.
 
         Args:
-            make: gives the inverses and rungs of layers that this rank owns.
-            previous: the inverses before; one that stands in is not sent.
+            make: makes the inverses of layers that this rank owns.
+            previous: the inverses before; one that stands in is not sent. By itself a rank has the new ones put in
+                their place, one after another: those of other ranks stay as they are until all are known to be there.
             unsettled: the layers that this rank found to want another refresh.
             rule: of the damping, which says what an inverse is.
 
@@ -120,16 +122,17 @@ class Ranks:
         """
         self._damped_by(rule)
         if self.size == 1:
-            mine, climbed = make(set(self.owned()))
-            return climbed, mine, unsettled
+            climbed = make(set(self.owned()), previous)
+            return climbed, {name: previous[name] for name in climbed}, unsettled
+        found = dict(previous)
         try:
-            mine, climbed = make(set(self.owned()))
+            climbed = make(set(self.owned()), found)
         except Exception as error:
             # Said before it is raised: the others would wait for what does not come.
             self.agreed({}, (), raised=True)
             raise _raised(self.rank, str(error)) from error
         rungs, wanting = self.agreed(climbed, unsettled)
-        return rungs, self.spread(mine, rungs, previous), wanting
+        return rungs, self.spread({name: found[name] for name in climbed}, rungs, previous), wanting
 
     def agreed(
         self, mine: Mapping[str, Rung], unsettled: Collection[str], *, raised: bool = False

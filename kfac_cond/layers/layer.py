@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelChangedError
-from ..linalg.moments import second_moment, second_moment_diagonal
+from ..linalg.moments import second_moment, second_moment_diagonal, second_moment_triangle
+from ..linalg.triangles import triangle_shape, unfolded
 from .base import WHOLE, LayerKind, Part
 from .layout import MAX_FACTOR_DIM, WeightLayout
 from .rules import PLAIN, LayerRule, Sharing
@@ -33,6 +34,8 @@ class Layer:
         part: what of its modules it is.
         gradient_sums: what is summed of the weight gradients of examples; None where a a^T and g g^T are summed over
             positions.
+        triangles: whether of what is summed one triangle is kept where it is symmetric, as training does, which keeps
+            sums beside averages: together they take the memory of one of them.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Layer:
     rule: LayerRule = PLAIN
     part: Part = WHOLE
     gradient_sums: GradientSums | None = None
+    triangles: bool = False
 
     @property
     def sharing(self) -> Sharing:
@@ -79,7 +83,7 @@ class Layer:
     @property
     def input_moment(self) -> Moment:
         """How the outer products of its inputs are summed."""
-        return second_moment_diagonal if "A" in self.diagonal_sides else second_moment
+        return self._moment("A")
 
     @property
     def sums_every_position(self) -> bool:
@@ -94,7 +98,12 @@ class Layer:
     @property
     def gradient_moment(self) -> Moment:
         """How the outer products of its output gradients are summed."""
-        return second_moment_diagonal if "G" in self.diagonal_sides else second_moment
+        return self._moment("G")
+
+    def _moment(self, side: str) -> Moment:
+        if side in self.diagonal_sides:
+            return second_moment_diagonal
+        return second_moment_triangle if self.triangles else second_moment
 
     @property
     def owner(self) -> str:
@@ -109,10 +118,26 @@ class Layer:
     @property
     def sum_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of what is summed for A and, in each slot, for G."""
-        of_A, of_G = self.kind.sum_shapes(self.layout, self.max_factor_dim)
+        shapes = dict(zip("AG", self.kind.sum_shapes(self.layout, self.max_factor_dim), strict=True))
+        shapes |= {side: triangle_shape(shapes[side]) for side in self._folded}
+        of_G = shapes["G"]
         if self.gradient_sums is not None:
             of_G = self.gradient_sums.shape(self.layout, self.max_factor_dim)
-        return of_A if self.sums_inputs else (), of_G
+        return shapes["A"] if self.sums_inputs else (), of_G
+
+    @property
+    def _folded(self) -> list[str]:
+        """The sides of what is summed of which one triangle is kept."""
+        summed = {"A": self.sums_inputs, "G": self.gradient_sums is None}
+        return [side for side in "AG" if self.triangles and summed[side] and side not in self.diagonal_sides]
+
+    def whole(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """What is summed for A, and for G of one slot, with matrices in the place of triangles."""
+        shapes = dict(zip("AG", self.kind.sum_shapes(self.layout, self.max_factor_dim), strict=True))
+        A, G = (
+            unfolded(one, shapes[side]) if side in self._folded else one for side, one in zip("AG", (A, G), strict=True)
+        )
+        return A, G
 
     def largest(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """Of what was summed for A and for G the entries that are finite only where all are.
@@ -130,6 +155,7 @@ class Layer:
 
     def factors(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """(A, G) of its Kronecker block from what was summed for them, each divided by what it is a mean over."""
+        A, G = self.whole(A, G)
         sums = self.gradient_sums
         if isinstance(sums, EigenSquares):
             (G, _), sums = sums.parts(G, self.layout), sums.moments

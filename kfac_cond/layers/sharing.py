@@ -17,6 +17,11 @@ from torch import Tensor
 from ..linalg import sparse
 from ..linalg.moments import second_moment
 
+COPIED = {"cpu": 2**20}
+"""Numbers of output gradients that are put into another order at a time, by type of device."""
+COPIED_ELSEWHERE = 2**26
+"""The same on every other device, which multiplies many rows at once."""
+
 
 class Moment(Protocol):
     """How outer products are summed over rows: ``second_moment``, or ``second_moment_diagonal`` for a large side."""
@@ -133,7 +138,17 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def expanded_gradient_moment(g: Tensor, moment: Moment = second_moment) -> Tensor:
     """The sum over examples and positions of g g^T; g is [..., batch, positions, d_out]."""
-    return moment(rearrange(g, "... n s d -> ... (n s) d"))
+    batch, positions = g.shape[-3:-1]
+    if g.stride(-3) == positions * g.stride(-2) or not g.numel():
+        return moment(g.flatten(-3, -2))
+    # Rows that lie in another order are put into it, of as many examples at a time as their copy may have numbers.
+    number = COPIED.get(g.device.type, COPIED_ELSEWHERE) * batch // g.numel()
+    total = None
+    for part in torch.split(g, max(number, 1), dim=-3):
+        one = moment(part.flatten(-3, -2))
+        total = one if total is None else total.add_(one)
+    assert total is not None
+    return total
 
 
 def one_example(x: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ def _ruled(layer: Layer, rule: LayerRule, training: str | None) -> Layer:
                 f"rules: layer '{layer.name}' has structure={structure!r}, expected one of {', '.join(TRAINED)} for "
                 f"training: others are for kc.estimate(structure='mixed')"
             )
-        layer = replace(layer, gradient_sums=trained_sums(structure, layer.gradient_sums, rule.sharing or "expand"))
+        own = trained_sums(structure, layer.gradient_sums, rule.sharing or "expand")
+        layer = replace(layer, gradient_sums=own, triangles=True)
     _require_positions(layer, rule, training)
     if not layer.modules and layer.layout.d_in == 1:
         # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import patches, sparse
 from .products import gram
 from .sides import Side, as_side
+from .triangles import triangle
 
 
 @sparse.form(patches.outer_products, of=patches.PatchRows)
@@ -46,6 +47,11 @@ def second_moment(x: Tensor, *, ones: bool = False, count: Tensor | None = None)
     else:
         corner.copy_(count)
     return bordered
+
+
+def second_moment_triangle(x: Tensor, *, ones: bool = False, count: Tensor | None = None) -> Tensor:
+    """One triangle of ``second_moment``, [..., d (d + 1) / 2]; arguments as there."""
+    return triangle(second_moment(x, ones=ones, count=count))
 
 
 @sparse.form(sparse.second_moment_diagonal)

@@ -8,37 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kfac_cond as kc
 from kfac_cond.distributed import reduce
 from kfac_cond.distributed.reduce import Reduction
 
+from ..memory import Allocated
+
 fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 LAYERS, WIDTH = 8, 64
-
-
-class Allocated(TorchDispatchMode):
-    """The most bytes that were there at a time, of storages made within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-        self._there: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        found = func(*args, **(kwargs or {}))
-        for one in tree_leaves(found):
-            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in before:
-                storage = one.untyped_storage()
-                self._there.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self._there = {key: pair for key, pair in self._there.items() if not pair[0].expired()}
-        self.most = max(self.most, sum(nbytes for _, nbytes in self._there.values()))
-        return found
 
 
 @pytest.fixture(autouse=True)
