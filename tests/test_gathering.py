@@ -24,13 +24,14 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("training", [None, "kfac"], ids=["estimate", "training"])
 @pytest.mark.parametrize("rules", [None, {"*": {"max_factor_dim": 3}}], ids=["whole", "diagonal"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e160], ids=["nan", "inf", "overflow"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_sum_is_finite_where_its_diagonal_is(case: str, bad: float, rules: dict | None) -> None:
+def test_a_sum_is_finite_where_its_diagonal_is(case: str, bad: float, rules: dict | None, training) -> None:
     make, shape = LAYERS[case]
     module = make()
-    (layer,) = survey(module, rules).layers.values()
+    (layer,) = survey(module, rules, training=training).layers.values()
     for at in range(0, min(torch.Size(shape[1:]).numel(), 16), 3):
         x = torch.randn(shape)
         x[2].view(-1)[at] = bad

@@ -146,9 +146,9 @@ class Layer:
         """
         if self.gradient_sums is not None:
             return A, G
-        sums, leading, diagonal = {"A": A, "G": G}, {"A": 0, "G": 1}, self.diagonal_sides
+        sums, leading, others = {"A": A, "G": G}, {"A": 0, "G": 1}, {*self.diagonal_sides, *self._folded}
         of_A, of_G = (
-            x if side in diagonal or x.dim() < leading[side] + 2 else x.diagonal(dim1=-2, dim2=-1)
+            x if side in others or x.dim() < leading[side] + 2 else x.diagonal(dim1=-2, dim2=-1)
             for side, x in sums.items()
         )
         return of_A, of_G
