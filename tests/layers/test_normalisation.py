@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.forwards import grouped_pair
 from kfac_cond.layers import WeightLayout, kind_of
 from kfac_cond.layers.survey import survey
+from kfac_cond.summing import grouped_pair
 
 from ..helpers import EVERY_STEP
 from ..reference import assert_same, categorical_log_prob, exact_fisher, fisher_of_draws
