@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -35,7 +36,7 @@ class Block(nn.Module):
 
 def perceptron() -> tuple[nn.Module, Tensor]:
     sizes = [100, 200, 200, 200, 200, 10]
-    layers = [one for i, o in zip(sizes, sizes[1:], strict=False) for one in (nn.Linear(i, o), nn.ReLU())]
+    layers = [one for i, o in pairwise(sizes) for one in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers[:-1]), torch.randn(100, 100)
 
 
