@@ -152,10 +152,8 @@ class Factors:
     ) -> dict[str, Rung]:
         """Put the inverses of the layers owned that are due and worth it in the place of those before.
 
-        Some layers at a time, so that beside what is kept there are the matrices of these alone.
-
-        Returns:
-            How far each factorisation climbed.
+        Some layers at a time: beside what is kept there are the matrices of these alone. It gives how far each
+        factorisation climbed.
         """
         unused = self.average.unused()
         again = self.health.unsettled | (set(self.ready) - self.inverted)
@@ -195,12 +193,11 @@ class Factors:
         self._stale |= self.bases.keys() & set(due)
 
     def remember(self) -> None:
-        """Keep what the inverses that are new since the last call were made of."""
+        """Keep copies of what the inverses that are new since the last call were made of."""
         for name in self._refreshed:
             if name not in self.average.G:
                 continue
             A, G = self.average.factors(name)
-            # Copies: the averages are changed in place.
             self.references[name] = A.clone(), G.clone().unsqueeze(0)
         self._refreshed = []
 
