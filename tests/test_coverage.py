@@ -113,15 +113,15 @@ def test_the_text_has_a_line_for_every_layer_and_ends_with_share_and_cost(monkey
     assert str(kc.coverage(model, rules={"3": {"exclude": True}})).splitlines() == [
         "parameter       kind         form          in x out  structure  factors  inverses",
         "--------------------------------------------------------------------------------------",
-        "0.weight, bias  linear       kronecker        4 x 4  kfac         272 B     256 B",
+        "0.weight, bias  linear       kronecker        4 x 4  kfac         176 B     256 B",
         "1.weight        PReLU        universal        1 x 1  kfac          56 B      16 B  [1]",
-        "2.weight, bias  convolution  kronecker  2 of 10 x 2  kfac       1.6 KiB   1.6 KiB",
+        "2.weight, bias  convolution  kronecker  2 of 10 x 2  kfac         944 B   1.6 KiB",
         "3.weight        Linear       none         4 numbers                                [2]",
         "3.bias          Linear       none         2 numbers                                [2]",
         "[1] universal form, from 10 effective draws on in training: no Kronecker form for this module type",
         "[2] excluded by a rule; remedy: remove the rule to cover it",
         "57 of 63 trainable numbers are covered: 90.48 %, 1 of them in the universal form",
-        "memory: 2.0 KiB of factors, 1.9 KiB of inverses, and 2.0 KiB from a capture to its step",
+        "memory: 1.1 KiB of factors, 1.9 KiB of inverses, and 1.1 KiB from a capture to its step",
         "a refresh of the inverses takes 2.1 kFLOP",
     ]
 
