@@ -38,7 +38,8 @@ def factor_bytes(layer: Layer, costing: Costing) -> int:
     numbers = prod(of_A) + costing.heads * prod(of_G)
     # Of layers that wait for several draws of labels these are counted, and their squares.
     counts = 1 + costing.heads + 2 * (layer.kind.draws_needed > 1)
-    return numbers * statistic_dtype(layer.like.dtype).itemsize + counts * count_dtype(layer.like.device).itemsize
+    dtype = layer.rule.storage or statistic_dtype(layer.like.dtype)
+    return numbers * dtype.itemsize + counts * count_dtype(layer.like.device).itemsize
 
 
 def inverse_bytes(layer: Layer, costing: Costing) -> int:

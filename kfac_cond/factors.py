@@ -12,15 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .averages import MovingAverage
 from .costs import in_parts
 from .damping import DampingNow
 from .distributed import Ranks
 from .health import Flags, Health
-from .layers.layer import Layer, draws_needed
+from .layers.layer import Layer, draws_needed, storage_of
 from .layers.summed import IDENTITIES, Bases, EigenSquares
 from .linalg.ladder import Rung, read_status
 from .state import inverse_state, loaded_inverse
-from .statistics import MovingAverage, Statistics, statistic_dtype
+from .statistics import Statistics, statistic_dtype
 from .structures import (
     Block,
     EigenBlock,
@@ -90,7 +91,7 @@ class Factors:
             weights: of the heads.
             patience: of ``Health``.
         """
-        average = MovingAverage(layers, weights, draws_needed(layers))
+        average = MovingAverage(layers, weights, draws_needed(layers), storage_of(layers))
         return cls(layers, average, Health(layers, patience=patience))
 
     @property
@@ -104,10 +105,10 @@ class Factors:
         """The layers that have averages, and no inverse that a refresh would not leave out."""
         return set(self.ready) - self.inverted - self._unused
 
-    def add(self, statistics: Statistics, flags: Flags, *, decay: float) -> None:
+    def add(self, statistics: Statistics, flags: Flags, *, decay: float, step: int) -> None:
         """Bring one capture into the averages."""
         self.health.add(flags)
-        self.average.update(statistics, decay=decay)
+        self.average.update(statistics, decay=decay, step=step)
         # Every rank takes part in the capture of every layer.
         self._elsewhere = self.layers.keys() - self.average.G_weight.keys()
         self._stale |= self.bases.keys()
@@ -151,10 +152,8 @@ class Factors:
     ) -> dict[str, Rung]:
         """Put the inverses of the layers owned that are due and worth it in the place of those before.
 
-        Some layers at a time, so that beside what is kept there are the matrices of these alone.
-
-        Returns:
-            How far each factorisation climbed.
+        Some layers at a time: beside what is kept there are the matrices of these alone. It gives how far each
+        factorisation climbed.
         """
         unused = self.average.unused()
         again = self.health.unsettled | (set(self.ready) - self.inverted)
@@ -194,12 +193,11 @@ class Factors:
         self._stale |= self.bases.keys() & set(due)
 
     def remember(self) -> None:
-        """Keep what the inverses that are new since the last call were made of."""
+        """Keep copies of what the inverses that are new since the last call were made of."""
         for name in self._refreshed:
             if name not in self.average.G:
                 continue
             A, G = self.average.factors(name)
-            # Copies: the averages are changed in place.
             self.references[name] = A.clone(), G.clone().unsqueeze(0)
         self._refreshed = []
 
@@ -293,7 +291,7 @@ class Factors:
         changed = set(without)
         fresh = Factors(
             layers,
-            self.average.restricted(layers, without=changed, needed=draws_needed(layers)),
+            self.average.restricted(layers, without=changed, needed=draws_needed(layers), storage=storage_of(layers)),
             self.health.restricted(layers, without=changed),
             {name: inverse for name, inverse in self.inverses.items() if name not in changed},
         )
@@ -330,7 +328,7 @@ class Factors:
             }
             for name in ranks.owned()
         }
-        average = MovingAverage(self.layers, self.average.weights, draws_needed(self.layers))
+        average = MovingAverage(self.layers, self.average.weights, draws_needed(self.layers), storage_of(self.layers))
         inverses: dict[str, Block] = {}
         references: dict[str, tuple[Tensor, Tensor]] = {}
         for name, entry in ranks.union(mine, "the averages and inverses of all layers").items():
@@ -351,7 +349,9 @@ class Factors:
         kept = set(ranks.kept())
         found = Factors(
             self.layers,
-            self.average.restricted(ranks.kept(), without=(), needed=draws_needed(self.layers)),
+            self.average.restricted(
+                ranks.kept(), without=(), needed=draws_needed(self.layers), storage=storage_of(self.layers)
+            ),
             self.health,
             {name: inverse for name, inverse in self.inverses.items() if name in ranks.worked()},
             elsewhere=set(self.ready) - kept,

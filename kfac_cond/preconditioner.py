@@ -59,7 +59,7 @@ class KFAC:
             gradients in the eigenbasis of the factors; or 'diagonal'. All but 'kfac' read a layer's inputs again once
             scores come back.
         rules: settings by layer-name pattern, {pattern: dict(structure=, sharing=, damping=, exclude=,
-            max_factor_dim=, fraction=)}.
+            max_factor_dim=, fraction=, storage=)}.
         trust_region: scales each update, say ``kc.KLClip(1e-3)`` or ``kc.Graft("sgd")``; or several, in their order.
         data: where to find masks, positions and outputs in a batch, and the seed.
 
@@ -407,7 +407,7 @@ class KFAC:
         if captured is not None:
             for name in captured.functional:
                 captured.statistics.layers.pop(name, None)
-            self._shared.factors.add(captured.statistics, captured.flags, decay=decay)
+            self._shared.factors.add(captured.statistics, captured.flags, decay=decay, step=self._clock.at_most)
             if captured.functional:
                 self._watch(self._wrapped.without_a_form(captured.functional))
             else:

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .averages import MovingAverage
 from .distributed import Ranks
 from .draws import Draws
 from .errors import KFACError, StateError
 from .health import Flags, Health
-from .layers.layer import Layer, draws_needed
-from .statistics import LayerSums, MovingAverage, Slots, Statistics, count_dtype, statistic_dtype
+from .layers.layer import Layer, draws_needed, storage_of
+from .statistics import LayerSums, Slots, Statistics, count_dtype, statistic_dtype
 from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 from .trust_region import TrustRegion
 
@@ -175,12 +176,14 @@ def load(
         _require_matched(unmatched)
     _check_heads(saved, slots)
     shared = {name: layer for name, layer in layers.items() if name in entries}
-    average = MovingAverage(layers, slots.weights, draws_needed(layers))
+    average = MovingAverage(layers, slots.weights, draws_needed(layers), storage_of(layers))
     inverses: dict[str, Block] = {}
     references: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in shared.items():
         entry = _layer_entry(name, layer, entries[name])
-        average.load_layer(name, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
+        average.load_layer(
+            name, _stored(layer, _placed(name, layer, _whole_average(name, layer, entry["average"]), slots))
+        )
         if entry["inverse"] is not None:
             inverses[name] = loaded_inverse(name, layer, entry["inverse"])
         _require_finite(name, entry["average"], entry["inverse"] or {})
@@ -315,6 +318,12 @@ def _whole_average(name: str, layer: Layer, entry: object) -> Mapping[str, Tenso
             f"{', '.join(sorted(_AVERAGES[-1] | counts))}"
         )
     return entry
+
+
+def _stored(layer: Layer, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An average in the dtype that the layer's is kept in: what was kept in it before is not changed by it."""
+    storage = layer.rule.storage
+    return {key: one.to(storage) if key in "AG" and storage is not None else one for key, one in average.items()}
 
 
 def _require_finite(name: str, *entries: Mapping[str, object]) -> None:

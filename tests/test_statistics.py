@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kfac_cond.averages import MovingAverage, rounded_at_random
 from kfac_cond.statistics import (
     LayerSums,
-    MovingAverage,
     Slots,
     Statistics,
     all_finite,
@@ -285,6 +285,28 @@ def test_spent_sums_are_scaled_where_they_are():
     assert_same(found, 3.0 * torch.eye(50))
     assert passes.written == 50 * 50
     assert found.data_ptr() == sums.data_ptr()
+
+
+def test_numbers_are_rounded_at_random_to_themselves_on_average():
+    x = torch.full((20000,), 1 + 0.3 * 2**-7)
+    found = rounded_at_random(x, torch.Generator().manual_seed(0))
+    assert found.dtype == torch.bfloat16
+    assert found.double().unique().tolist() == [1.0, 1 + 2**-7]
+    torch.testing.assert_close(found.double().mean(), x.mean(), rtol=0, atol=0.02 * 2**-7)
+    exact = torch.tensor([0.0, -1.5, 2.0**100])
+    assert torch.equal(rounded_at_random(exact, torch.Generator()).double(), exact)
+
+
+def test_an_average_in_bfloat16_follows_a_change_that_is_smaller_than_its_last_place():
+    """To the nearest, a fiftieth of 2 percent would never be added."""
+    d = 100
+    average = MovingAverage("a", storage={"a": torch.bfloat16})
+    for step, value in enumerate([1.0] * 3 + [1.02] * 400):
+        layers = {"a": LayerSums(torch.full((d, d), 4 * value), torch.tensor(4), torch.full((1, d, d), 2 * value))}
+        average.update(Statistics(layers, torch.tensor([2.0]), Slots(), 5, torch.tensor(True)), decay=0.98, step=step)
+    assert average.A["a"].dtype == average.G["a"].dtype == torch.bfloat16
+    for factor in average.factors("a"):
+        assert abs(factor.double().mean() - 1.02) < 0.002
 
 
 def test_restricted_keeps_what_stays_and_forgets_the_rest():

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kfac_cond as kc
+from kfac_cond.averages import MovingAverage
 from kfac_cond.layers.layer import draws_needed
 from kfac_cond.layers.universal import MIN_DRAWS
-from kfac_cond.statistics import LayerSums, MovingAverage, Slots, Statistics
+from kfac_cond.statistics import LayerSums, Slots, Statistics
 
 from .reference import assert_same
 from .training import HostReads

@@ -218,6 +218,11 @@ class Layer:
             )
 
 
+def storage_of(layers: Mapping[str, Layer]) -> dict[str, torch.dtype]:
+    """The layers whose averages are kept in another dtype than that of their statistics, with that dtype."""
+    return {name: layer.rule.storage for name, layer in layers.items() if layer.rule.storage is not None}
+
+
 def layers_by_module(layers: Mapping[str, Layer]) -> dict[nn.Module, dict[str, Layer]]:
     """The layers that each module is, by part."""
     found: dict[nn.Module, dict[str, Layer]] = {}

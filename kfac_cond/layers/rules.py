@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
+
 from ..checks import is_damping, is_number, is_size
 from ..errors import ArgumentError
 
@@ -25,6 +27,8 @@ class LayerRule:
         exclude: leave the layer's gradient as it is.
         max_factor_dim: size of the largest side that is kept whole; a larger one is kept as its diagonal.
         fraction: share of the positions that factors are made of in training, drawn anew for each call of the layer.
+        storage: dtype that training keeps the moving averages of A and G in, ``torch.bfloat16``; None for that of the
+            statistics.
     """
 
     structure: str | None = None
@@ -33,6 +37,7 @@ class LayerRule:
     exclude: bool = False
     max_factor_dim: int | None = None
     fraction: float | None = None
+    storage: torch.dtype | None = None
 
 
 #: Where nothing is said.
@@ -82,6 +87,7 @@ def _check_values(pattern: str, rule: Mapping[str, Any]) -> None:
         "exclude": (lambda value: isinstance(value, bool), "True or False"),
         "max_factor_dim": (lambda value: value is None or is_size(value), "a whole number >= 1"),
         "fraction": (lambda value: value is None or (is_number(value) and 0 < value <= 1), "a number in (0, 1]"),
+        "storage": (lambda value: value in (None, torch.bfloat16), "torch.bfloat16 or None"),
     }
     for key, value in rule.items():
         allowed, expected = fits[key]

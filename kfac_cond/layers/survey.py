@@ -220,6 +220,11 @@ def _ruled(layer: Layer, rule: LayerRule, training: str | None) -> Layer:
             )
         own = trained_sums(structure, layer.gradient_sums, rule.sharing or "expand")
         layer = replace(layer, gradient_sums=own, triangles=True)
+    if rule.storage is not None and (training is None or layer.gradient_sums is not None):
+        raise ArgumentError(
+            f"rules: layer '{layer.name}' has storage={rule.storage}: it is for the moving averages of training in "
+            f"'kfac'. A later pattern takes it back, {{'{layer.name}': dict(storage=None)}}"
+        )
     _require_positions(layer, rule, training)
     if not layer.modules and layer.layout.d_in == 1:
         # Of a vector the diagonal: a whole side would be its block from a few draws, of as low a rank.
