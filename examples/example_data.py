@@ -118,8 +118,8 @@ def images(source: str) -> dict[str, Pair]:
 def curves(count: int, *, seed: int, pen: float = 0.8) -> Tensor:
     """Smooth curves through three random points, (count, 28, 28): six numbers say all of an image.
 
-    The curve is the natural cubic spline through the points; a pixel is the darker the longer a round pen of that width,
-    in pixels, is on it.
+    The curve is the natural cubic spline through the points; a pixel is the darker the longer a round pen, as wide as
+    that in pixels, is on it.
 
     Source: Hinton & Salakhutdinov 2006 (Reducing the dimensionality of data with neural networks), whose 'curves' are
     images of curves through three points; Martens 2010 (Deep learning via Hessian-free optimization) trains on them.

@@ -60,6 +60,11 @@ class Curve:
         return next((loss for at, loss in reversed(list(found)) if at <= seconds), None)
 
 
+def final(values: Sequence[float]) -> float:
+    """The mean over the last twentieth of the evaluations, at least the last one."""
+    return mean(values[-max(1, len(values) // 20) :])
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 from einops import rearrange
-from example_data import Data, Examples, Pair, Text, images, library
+from example_data import Data, Examples, Text, images, library
 from torch import Tensor, nn
 from torch.nn import functional as F
 
