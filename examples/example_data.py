@@ -128,21 +128,27 @@ def curves(count: int, *, seed: int, pen: float = 0.8) -> Tensor:
     return torch.cat([_drawn(some, pen) for some in points.split(1000)])
 
 
-def _drawn(points: Tensor, pen: float) -> Tensor:
+def spline(points: Tensor, t: Tensor) -> Tensor:
+    """The natural cubic spline through three points at -1, 0 and 1, (N, T, 2).
+
+    Args:
+        points: (N, 3, 2).
+        t: (T,) in [-1, 1].
+    """
     first, middle, last = points.unbind(1)
-    # The second derivative of a natural spline with knots -1, 0, 1 is zero at the ends, and this in the middle.
+    # Its second derivative is zero at both ends, and this in the middle.
     bend = 1.5 * (first - 2 * middle + last)
-    t = torch.linspace(-1, 1, 160)
-    straight = torch.where(
-        t[:, None] < 0,
-        -t[:, None] * first[:, None] + (1 + t[:, None]) * middle[:, None],
-        (1 - t[:, None]) * middle[:, None] + t[:, None] * last[:, None],
-    )
-    s = 1 - t.abs()
-    along = straight + bend[:, None] * ((s**3 - s) / 6)[:, None]
-    pixels = torch.arange(SIDE, dtype=torch.get_default_dtype()) + 0.5
+    s = t.abs()[:, None]
+    outer = torch.where(t[:, None] < 0, first[:, None], last[:, None])
+    cubic = ((1 - s) ** 3 - (1 - s)) / 6
+    return (1 - s) * middle[:, None] + s * outer + cubic * bend[:, None]
+
+
+def _drawn(points: Tensor, pen: float) -> Tensor:
+    along = spline(points, torch.linspace(-1, 1, 160))
+    pixels = torch.arange(SIDE, dtype=along.dtype) + 0.5
     x, y = (torch.exp(-(one[..., None] - pixels).square() / (2 * pen**2)) for one in along.unbind(-1))
-    # A pen's path weighs by its length, so that no curve is darker where it is slow.
+    # Weighed by the length of the path, so that no curve is darker where it is slow.
     length = torch.linalg.vector_norm(along.diff(dim=1, append=along[:, -1:]), dim=-1)
     return 1 - torch.exp(-torch.einsum("ntx,nty,nt->nyx", x, y, length))
 

@@ -8,8 +8,8 @@ Of each optimizer as many settings are tried (six, or ``--budget``), at a seed t
 that with the best final value runs at the seeds that are. Grid, choices and all curves are in the JSON file, which is
 written after every run and gone on from with ``--resume``. Weights and batches of a seed are the same for all. Seconds
 are those of training, evaluations left out; with one thread the process's own. An optimizer whose library is absent is
-a row that says so; ``pip install --no-deps -r examples/benchmarks/convergence.txt`` installs them. Full sizes take hours
-on a core; ``--small`` a minute.
+a row that says so; ``pip install --no-deps -r examples/benchmarks/speed.txt`` installs them. Full sizes take hours on a
+core; ``--small`` a minute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from convergence_contenders import BUDGET, CONTENDERS
 from convergence_problems import PROBLEMS, SMALL, Problem
-from convergence_runs import Ledger, compete, finite
+from convergence_runs import Ledger, compete
 from convergence_tables import printed
 from example_results import save_picture
 from example_run import SCHEDULES
@@ -76,10 +76,7 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = options(given)
     torch.set_num_threads(asked.threads)
     contenders = {name: CONTENDERS[name] for name in asked.contenders}
-    grids = {
-        who: {name: finite(one.grids[name][: asked.budget]) for name in asked.problems}
-        for who, one in contenders.items()
-    }
+    grids = {who: {name: one.grids[name][: asked.budget] for name in asked.problems} for who, one in contenders.items()}
     told = {"versions": versions(), "data": asked.data, "small": asked.small, "budget": asked.budget, "grids": grids}
     ledger = Ledger(asked.out, told, again=asked.resume)
     print(fitted(", ".join(f"{name} {one}" for name, one in versions().items())))
