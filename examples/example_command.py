@@ -90,7 +90,7 @@ def line(run: Run) -> str:
     losses = f"train {curve.train_loss[-1]:9.4f}  held out {curve.held_out_loss[-1]:9.4f}"
     accuracy = f"  accuracy {100 * curve.held_out_accuracy[-1]:5.2f} %" if curve.held_out_accuracy else ""
     numbers = run.stepper.metrics()
-    wanted = ("damping", "trust_region_scale", "lr", "momentum", "plain_layers")
+    wanted = ("damping", "trust_region_scale", "rate", "momentum", "ratio", "rejected", "plain_layers")
     told = ", ".join(f"{name} {numbers[name]:.3g}" for name in wanted if name in numbers)
     return f"{run.name:8} step {run.step:5}  {losses}{accuracy}  {run.seconds:7.1f} s  {told}".rstrip()
 

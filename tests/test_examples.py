@@ -163,7 +163,7 @@ def test_measured_is_the_mean_over_all_examples_however_they_are_split(example):
     model = task.model()
     found = task.measured(model, "train", torch.device("cpu"))
     x, y = (one[:700] for one in task.data.splits["train"])
-    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item(), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
 
 
@@ -262,7 +262,7 @@ def test_a_run_that_stopped_goes_on_bitwise(example, name, tmp_path):
     resumed_is_uninterrupted(example, small(example), name, tmp_path / "run.pt")
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if name in ("muon", "kfac", "natural")])
 def test_a_convolutional_run_that_stopped_goes_on_bitwise(example, name, tmp_path):
     task = example.tasks.classifier("digits", width=2, batch=32, most=64)
     resumed_is_uninterrupted(example, task, name, tmp_path / "run.pt")
