@@ -90,11 +90,9 @@ class Gradients:
             outputs = self._setup.called(inputs)
         loss = self._setup.task.loss(outputs, targets)
         loss.backward()
-        if self._setup.task.l2:
-            graded = [one for one in self._parameters if one.grad is not None]
-            torch._foreach_add_(
-                [one.grad for one in graded], [one.detach() for one in graded], alpha=self._setup.task.l2
-            )
+        for one in self._parameters if self._setup.task.l2 else ():
+            if one.grad is not None:
+                one.grad.add_(one.detach(), alpha=self._setup.task.l2)
         self._before()
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
             optimizer.step()

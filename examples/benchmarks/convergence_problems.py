@@ -46,7 +46,14 @@ PROBLEMS = {
         (("adamw", None),),
         schedule="cosine",
     ),
-    "classifier": Problem(classifier, "held_out_accuracy", 300, 10, (("adamw", None),), schedule="cosine"),
+    "classifier": Problem(
+        lambda source: classifier(source, most=2000),
+        "held_out_accuracy",
+        300,
+        10,
+        (("adamw", None),),
+        schedule="cosine",
+    ),
 }
 
 SMALL = {
