@@ -171,6 +171,10 @@ CONTENDERS: dict[str, Contender] = {
             inverses=50,
         ),
     ),
+    "kfac-graft": _here(
+        "kfac-graft",
+        pairs({name: ((lr, 3 * lr, lr / 3), (0.1, 0.03)) for name, lr in ADAM.items()}, factors=5, inverses=10),
+    ),
 }
 if hasattr(kc, "NaturalGradient"):
     # It is what needs no tuning: its defaults alone.
