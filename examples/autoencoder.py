@@ -1,4 +1,4 @@
-"""The deep autoencoder on curves, digits or MNIST: AdamW beside K-FAC, or any other of the optimizers.
+"""The deep autoencoder on curves, digits or MNIST: AdamW beside SGD + K-FAC, or any other of the optimizers.
 
     python examples/autoencoder.py --data curves
     python examples/autoencoder.py --data mnist:FOLDER --optimizer adam muon kfac

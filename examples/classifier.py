@@ -1,4 +1,4 @@
-"""A convolutional network on digits padded to 32 x 32: AdamW beside K-FAC, or any other of the optimizers.
+"""A convolutional network on digits padded to 32 x 32: AdamW beside SGD + K-FAC, or any other of the optimizers.
 
     python examples/classifier.py --data digits
     python examples/classifier.py --data mnist:FOLDER --optimizer sgd adamw kfac

@@ -186,21 +186,29 @@ def muon(setup: Setup) -> Gradients:
 
 
 def kfac(setup: Setup) -> Gradients:
-    """The direction of K-FAC, each layer's update with the length of Adam's, so that Adam's rates carry over.
+    """SGD with momentum on gradients that K-FAC preconditions, within a bound on the KL divergence of an update."""
+    given = setup.settings
+    optimizer = torch.optim.SGD(setup.model.parameters(), lr=given["lr"], momentum=0.9)
+    clip = kc.KLClip(given["max_kl"])
+    return _preconditioned(setup, optimizer, damping=given["damping"], trust_region=clip)
 
-    Momentum is an average, as Adam's; the damping is a share of each block's mean eigenvalue, which follows Fishers
-    that grow by orders of magnitude in the first steps.
+
+def kfac_graft(setup: Setup) -> Gradients:
+    """The direction of K-FAC, layer by layer with the length of Adam's update: rates of Adam carry over.
+
+    Momentum is an average, as Adam's, and the damping a share of each block's mean eigenvalue.
     """
     given = setup.settings
     optimizer = torch.optim.SGD(setup.model.parameters(), lr=given["lr"], momentum=0.9, dampening=0.9)
-    preconditioner = kc.KFAC(
-        setup.called,
-        setup.task.likelihood,
-        damping=kc.Damping(given["damping"], relative=True),
-        schedule=kc.Schedule(factors=int(given["factors"]), inverses=int(given["inverses"]), warmup=100),
-        trust_region=kc.Graft("adam"),
-        data=kc.Data(seed=setup.seed),
-    )
+    damping = kc.Damping(given["damping"], relative=True)
+    return _preconditioned(setup, optimizer, damping=damping, trust_region=kc.Graft("adam"))
+
+
+def _preconditioned(setup: Setup, optimizer: Optimizer, **options: Any) -> Gradients:
+    factors, inverses = (int(setup.settings[name]) for name in ("factors", "inverses"))
+    schedule = kc.Schedule(factors=factors, inverses=inverses, warmup=100)
+    draws = kc.Data(seed=setup.seed)
+    preconditioner = kc.KFAC(setup.called, setup.task.likelihood, schedule=schedule, data=draws, **options)
     return Gradients(setup, optimizer, kfac=preconditioner)
 
 
@@ -253,8 +261,14 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry("AdamW", adamw, {"lr": 3e-3}, {"autoencoder": {"lr": 1e-3}}),
     "muon": Entry("Muon", muon, {"lr": 0.02}, {}),
     "kfac": Entry(
-        "K-FAC",
+        "SGD + K-FAC",
         kfac,
+        {"lr": 0.1, "damping": 0.1, "max_kl": 1e-2, "factors": 10, "inverses": 50},
+        {"language_model": {"lr": 3.0, "damping": 1.0}},
+    ),
+    "kfac-graft": Entry(
+        "K-FAC, Adam's length",
+        kfac_graft,
         {"lr": 3e-3, "damping": 0.1, "factors": 10, "inverses": 50},
         {"classifier": {"factors": 5, "inverses": 10}},
     ),

@@ -1,4 +1,4 @@
-"""A language model on the bytes of Python's own standard library: AdamW beside K-FAC, or others.
+"""A language model on the bytes of Python's own standard library: AdamW beside SGD + K-FAC, or others.
 
 On one process, or on many with DistributedDataParallel; the batches are the same however many ranks share them:
 

@@ -252,6 +252,7 @@ def names() -> list[str]:
         "adamw",
         *(["muon"] if hasattr(torch.optim, "Muon") else []),
         "kfac",
+        "kfac-graft",
         *(["natural"] if hasattr(kc, "NaturalGradient") else []),
     ]
 
@@ -262,7 +263,7 @@ def test_a_run_that_stopped_goes_on_bitwise(example, name, tmp_path):
     resumed_is_uninterrupted(example, small(example), name, tmp_path / "run.pt")
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name in ("muon", "kfac", "natural")])
+@pytest.mark.parametrize("name", [name for name in names() if name in ("muon", "kfac-graft", "natural")])
 def test_a_convolutional_run_that_stopped_goes_on_bitwise(example, name, tmp_path):
     task = example.tasks.classifier("digits", width=2, batch=32, most=64)
     resumed_is_uninterrupted(example, task, name, tmp_path / "run.pt")

@@ -158,7 +158,23 @@ CONTENDERS: dict[str, Contender] = {
         ),
         "kfac.preconditioner",
     ),
-    "kfac": _here("kfac", pairs(dict.fromkeys(PROBLEMS, ((3e-3, 1e-2, 1e-3), (0.1, 0.03))), factors=5, inverses=10)),
+    "kfac": _here(
+        "kfac",
+        pairs(
+            {
+                "autoencoder": ((0.1, 0.3, 1.0), (1.0, 10.0)),
+                "classifier": ((0.1, 0.03, 0.3), (0.1, 0.03)),
+                "language_model": ((3.0, 1.0, 10.0), (1.0, 0.3)),
+            },
+            max_kl=1e-2,
+            factors=10,
+            inverses=50,
+        ),
+    ),
+    "kfac-graft": _here(
+        "kfac-graft",
+        pairs({name: ((lr, 3 * lr, lr / 3), (0.1, 0.03)) for name, lr in ADAM.items()}, factors=5, inverses=10),
+    ),
 }
 if hasattr(kc, "NaturalGradient"):
     # It is what needs no tuning: its defaults alone.
