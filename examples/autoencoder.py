@@ -1,7 +1,7 @@
-"""The deep autoencoder on curves, digits or MNIST: AdamW beside SGD + K-FAC, or any other of the optimizers.
+"""The deep autoencoder on curves, digits or MNIST: AdamW beside K-FAC, or any other of the optimizers.
 
     python examples/autoencoder.py --data curves
-    python examples/autoencoder.py --data mnist:FOLDER --optimizer adam muon kfac
+    python examples/autoencoder.py --data mnist:FOLDER --optimizer adam muon kfac-graft
     python examples/autoencoder.py --data digits --until 200
     python examples/autoencoder.py --data digits --resume
 
@@ -20,7 +20,7 @@ from example_tasks import WIDTHS, autoencoder
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and compare."""
-    made = parser(__doc__, steps=500, out="autoencoder")
+    made = parser(__doc__, steps=500, beside="kfac-graft", out="autoencoder")
     made.add_argument("--data", default="curves", help="curves, digits or mnist:PATH, a folder of idx files")
     made.add_argument("--batch", type=int, default=500)
     made.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the encoder, 784 first")

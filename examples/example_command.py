@@ -14,10 +14,10 @@ from example_run import SCHEDULES, Options, Ranks, Run
 from example_tasks import Task
 
 
-def parser(description: str | None, *, steps: int, out: str) -> argparse.ArgumentParser:
-    """The arguments that all examples take."""
+def parser(description: str | None, *, steps: int, out: str, beside: str) -> argparse.ArgumentParser:
+    """The arguments that all examples take; by default AdamW is trained, and another optimizer beside it."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adamw", "kfac"], help="one or several")
+    made.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adamw", beside], help="one or several")
     made.add_argument(
         "--set",
         nargs="+",

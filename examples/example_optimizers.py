@@ -263,8 +263,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "kfac": Entry(
         "SGD + K-FAC",
         kfac,
-        {"lr": 0.1, "damping": 0.1, "max_kl": 1e-2, "factors": 10, "inverses": 50},
-        {"language_model": {"lr": 3.0, "damping": 1.0}},
+        {"lr": 0.3, "damping": 1.0, "max_kl": 1e-2, "factors": 10, "inverses": 50},
+        {"language_model": {"lr": 3.0}},
     ),
     "kfac-graft": Entry(
         "K-FAC, Adam's length",

@@ -1,4 +1,4 @@
-"""A language model on the bytes of Python's own standard library: AdamW beside SGD + K-FAC, or others.
+"""A language model on the bytes of Python's own standard library: AdamW beside K-FAC, or others.
 
 On one process, or on many with DistributedDataParallel; the batches are the same however many ranks share them:
 
@@ -18,7 +18,7 @@ from example_tasks import Size, language_model
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one or several, and say how they compare."""
-    made = parser(__doc__, steps=600, out="language-model")
+    made = parser(__doc__, steps=600, beside="kfac", out="language-model")
     for name in ("context", "width", "heads", "blocks"):
         made.add_argument(f"--{name}", type=int, default=getattr(Size, name))
     made.add_argument("--batch", type=int, default=Size.batch, help="windows a step, over all ranks")

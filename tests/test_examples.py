@@ -294,6 +294,7 @@ def test_a_run_that_diverges_ends(example):
 )
 def test_an_example_leaves_numbers_a_picture_and_checkpoints_and_goes_on(example, capsys, tmp_path, name, arguments):
     given = [*arguments, "--steps", "4", "--every", "2", "--out", str(tmp_path), "--set", "kfac.damping=0.5"]
+    given += ["--optimizer", "adamw", "kfac"]
     getattr(example, name)([*given, "--until", "2"])
     assert kc.load_checkpoint(tmp_path / f"{name}_kfac.pt")["step"] == 2
     getattr(example, name)([*given, "--resume"])

@@ -162,7 +162,7 @@ CONTENDERS: dict[str, Contender] = {
         "kfac",
         pairs(
             {
-                "autoencoder": ((0.1, 0.3, 1.0), (1.0, 10.0)),
+                "autoencoder": ((0.3, 1.0, 0.1), (1.0, 10.0)),
                 "classifier": ((0.1, 0.03, 0.3), (0.1, 0.03)),
                 "language_model": ((3.0, 1.0, 10.0), (1.0, 0.3)),
             },
@@ -173,7 +173,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "kfac-graft": _here(
         "kfac-graft",
-        pairs({name: ((lr, 3 * lr, lr / 3), (0.1, 0.03)) for name, lr in ADAM.items()}, factors=5, inverses=10),
+        pairs(dict.fromkeys(PROBLEMS, ((3e-3, 1e-2, 1e-3), (0.1, 0.03))), factors=5, inverses=10),
     ),
 }
 if hasattr(kc, "NaturalGradient"):
