@@ -92,7 +92,8 @@ def targets(problem: Problem, contenders: Mapping[str, Contender], runs: Runs) -
         whole = [one for one in runs[who][1] if not one.said]
         value = at_step(whole, problem.quantity, step)
         if value is not None:
-            title = f"{contenders[who].title} {'at the end' if step is None else f'at {step}'}, {value:.4g}"
+            number = f"{100 * value:.2f} %" if problem.quantity.endswith("accuracy") else f"{value:.4g}"
+            title = f"{contenders[who].title} {'at the end' if step is None else f'at {step}'}, {number}"
             goals.append((title, value))
     rows = []
     for who, contender in contenders.items():
