@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from demo_display import Display, console, display
-from demo_report import Runs, heading, results, save_json, save_picture, summaries, table, verdict
+from demo_report import Runs, heading, results, save_picture, summaries, table, verdict
 from demo_tasks import OPTIMIZERS, TASKS, Task, split
 from demo_training import Run, train
+from example_results import save_json
 
 INTERRUPTED = 130
 

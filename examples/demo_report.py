@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,9 +16,9 @@ import torch
 from demo_display import COLOURS
 from demo_tasks import GRID, OPTIMIZERS, Settings, Task
 from demo_training import Run
+from example_results import final, means, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from rich.table import Table
 
 import kfac_cond as kc
@@ -54,11 +53,6 @@ class Summary:
     test_loss: float
     train_accuracy: float | None
     test_accuracy: float | None
-
-
-def final(values: list[float]) -> float:
-    """The mean over the last twentieth of the evaluations, at least the last one."""
-    return mean(values[-max(1, len(values) // 20) :])
 
 
 def summaries(runs: Mapping[str, list[Run]]) -> dict[str, Summary]:
@@ -192,21 +186,6 @@ def _settings(settings: Settings) -> dict[str, Any]:
     return {"kind": type(settings).__name__, **asdict(settings)}
 
 
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all; what is not finite becomes null, for JSON has no word for it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # -- picture -----------------------------------------------------------------------------------------------------------
 
 
@@ -235,17 +214,17 @@ def save_picture(path: Path, tasks: list[Task], runs: Runs) -> None:
 
 def _draw(axes: Axes, runs: Mapping[str, list[Run]], *, against: str) -> None:
     for name, several in runs.items():
-        x = _mean([getattr(run, against) for run in several])
+        x = means([getattr(run, against) for run in several])
         train = [run.train_loss for run in several]
-        axes.plot(x, _mean(train), color=COLOURS[name], linewidth=1.8, label=f"{name}, train", zorder=3)
+        axes.plot(x, means(train), color=COLOURS[name], linewidth=1.8, label=f"{name}, train", zorder=3)
         low, high = [min(v) for v in zip(*train, strict=True)], [max(v) for v in zip(*train, strict=True)]
         axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
-        test = _mean([run.test_loss for run in several])
+        test = means([run.test_loss for run in several])
         axes.plot(x, test, color=COLOURS[name], linewidth=1.1, linestyle=(0, (1.5, 1.5)), label=f"{name}, test")
     if runs.get("Adam"):
         target = mean(final(run.train_loss) for run in runs["Adam"])
         axes.axhline(target, color="#555555", linewidth=0.8, linestyle="--", label="Adam's final train loss")
-    _style(axes, top=_top(runs))
+    style(axes, top=_top(runs))
 
 
 def _top(runs: Mapping[str, list[Run]]) -> float | None:
@@ -253,21 +232,3 @@ def _top(runs: Mapping[str, list[Run]]) -> float | None:
     curves = (run.train_loss for several in runs.values() for run in several)
     late = [loss for curve in curves for loss in curve[max(1, len(curve) // 40) :] if math.isfinite(loss)]
     return 1.05 * max(late) if late else None
-
-
-def _style(axes: Axes, *, top: float | None) -> None:
-    axes.set_yscale("log")
-    axes.set_xlim(left=0)
-    axes.set_ylim(top=top)
-    low, high = axes.get_ylim()
-    if high / low < 30:  # powers of ten alone would leave such an axis without a number
-        axes.yaxis.set_major_locator(MaxNLocator(7) if high / low < 4 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _mean(curves: list[list[float]]) -> list[float]:
-    return [mean(values) for values in zip(*curves, strict=True)]

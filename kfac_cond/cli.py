@@ -14,7 +14,14 @@ from . import __version__
 
 #: What the demo imports besides the library, and the name each is installed by.
 DEMO_REQUIRES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-DEMO_FILES = ("demo.py", "demo_tasks.py", "demo_training.py", "demo_display.py", "demo_report.py")
+DEMO_FILES = (
+    "demo.py",
+    "demo_tasks.py",
+    "demo_training.py",
+    "demo_display.py",
+    "demo_report.py",
+    "example_results.py",
+)
 INTERRUPTED = 130
 
 

@@ -244,7 +244,7 @@ def test_seconds_are_reported_where_they_are_more() -> None:
 
 
 def test_diverged_run_is_null_in_json(tmp_path: Path) -> None:
-    module("demo_report").save_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0]})
+    module("example_results").save_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0]}
 
 
