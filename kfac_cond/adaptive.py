@@ -203,7 +203,9 @@ class FactorDamping:
         return f"FactorDamping(every={self.every})"
 
 
-def calibrated(trial: Callable[[float], tuple[float, float]], start: float, *, factor: float = 10.0, limit: int = 8) -> float:
+def calibrated(
+    trial: Callable[[float], tuple[float, float]], start: float, *, factor: float = 10.0, limit: int = 8
+) -> float:
     best, value = None, start
     ratio, change = trial(value)
     if ratio >= 0.5:

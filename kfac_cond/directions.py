@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import FactorDamping
+from .batches import Batch
 from .checks import checked_rules, described, is_number, is_whole
 from .damping import Damping, DampingNow
 from .data import Data
@@ -21,7 +22,7 @@ from .heads import Head
 from .implicit import gram
 from .layers.summed import TRAINED
 from .linalg.iterative import conjugate_gradients
-from .objective import Batch, Objective
+from .objective import Objective
 from .preconditioner import KFAC
 from .schedules import Schedule
 from .structures import Iteration
@@ -211,6 +212,13 @@ class Kernel:
         named = dict(zip(objective.parameters, gradient, strict=True))
         found = kernel.solve(named, damping=damping)
         return [[-found[name] for name in objective.parameters]]
+
+
+def solver_of(direction: Direction, objective: Objective, kfac: Preconditioner | None) -> Solver:
+    """What a direction asks for; without a preconditioner the Gram kernel."""
+    if kfac is None:
+        return Kernel(objective)
+    return Exact(objective, kfac, direction.iteration) if direction.name == "exact" else Preconditioned(objective, kfac)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

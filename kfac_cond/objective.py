@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
+from .batches import Batch, CalledOn
 from .checks import described
-from .data import Data, leading_dimension, moved
+from .data import Data
 from .errors import ArgumentError, LikelihoodError
 from .guards import RandomState, random_state, repeated, undisturbed
 from .heads import Distribution, Head, bound_to_batch, meaningful, picked, require_targets, split
 from .likelihoods import as_likelihood
-from .linearised import Called, Linearised, Point
+from .linearised import Linearised, Point
 from .options import Options, Request
 from .output_fisher import OfLikelihood, root_transposed_times
 from .quadratic import inner
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step is given.
-
-    Args:
-        inputs: a tensor, a packed sequence, or a mapping of the model's keyword arguments.
-        targets: the data labels, as the loss takes them; None where the inputs name them.
-    """
-
-    inputs: Any
-    targets: Any = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inputs, Tensor | PackedSequence | Mapping):
-            raise ArgumentError(
-                f"step(inputs, targets) got {described(self.inputs)} for its inputs: expected a tensor, or a mapping of "
-                f"keyword arguments where the model takes more than one"
-            )
-
-    @property
-    def size(self) -> int | None:
-        """The number of examples, along dimension 0; None of a packed sequence."""
-        return None if isinstance(self.inputs, PackedSequence) else leading_dimension(self.inputs)
-
-    def part(self, stride: int, offset: int) -> Batch:
-        """Every so many-th of its examples, beginning at ``offset``."""
-        size = self.size
-
-        def taken(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: taken(one) for key, one in value.items()}
-            if isinstance(value, list | tuple):
-                return [taken(one) for one in value]
-            fits = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-            return value[offset % stride :: stride] if fits else value
-
-        return self if stride == 1 or size is None else Batch(taken(self.inputs), taken(self.targets))
-
-    def as_yielded(self) -> Any:
-        """As a loader would yield it."""
-        if isinstance(self.inputs, Mapping):
-            return dict(self.inputs) if self.targets is None else {**self.inputs, "labels": self.targets}
-        return self.inputs if self.targets is None else (self.inputs, self.targets)
-
-
-class _CalledOn(Called):
-    """A model as a function of a ``Batch``."""
-
-    def forward(self, batch: Batch) -> tuple[Any, Any]:
-        output, labels = super().forward(batch.inputs)
-        return output, labels if batch.targets is None else moved(batch.targets, self.model)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The objective at the parameters as they were.
-
-    Args:
-        loss: 0-d, without the l2 term, with its graph.
-        heads: of the batch, with their graph.
-        random: what the forward drew its random numbers from.
-    """
-
-    loss: Tensor
-    heads: tuple[Head, ...]
-    random: RandomState
 
 
 class Objective(Linearised):
@@ -110,7 +41,7 @@ class Objective(Linearised):
         self.criterion = given if isinstance(given, nn.Module) else None
         likelihood = as_likelihood(given, heard=True)
         super().__init__(Request(model, [], likelihood, "exact", 1, {}, Options(data=data)))
-        self._called = _CalledOn(self.model)
+        self._called = CalledOn(self.model)
         self.l2 = l2
         self._random: RandomState | None = None
 
@@ -124,13 +55,17 @@ class Objective(Linearised):
         """The trainable parameters, in their order."""
         return list(self.parameters.values())
 
-    def here(self, batch: Batch) -> Evaluated:
-        """The forward of the training step: hooks fire, buffers and the random state go on."""
-        self._random = random_state(self.device)
+    def here(self, batch: Batch) -> tuple[Tensor, tuple[Head, ...]]:
+        """The forward of the training step, where hooks fire: the loss without the l2 term, and the heads."""
+        self.begin()
         with torch.enable_grad():
             output, targets = self._called(batch)
             heads = self._heads(output, targets)
-            return Evaluated(self._loss(heads, targets), heads, self._random)
+            return self._loss(heads, targets), heads
+
+    def begin(self) -> None:
+        """From here on random numbers are those of the step's forward."""
+        self._random = random_state(self.device)
 
     def value(self, loss: Tensor) -> Tensor:
         """The objective, 0-d without a graph, from the loss at the parameters as they are."""
@@ -145,6 +80,25 @@ class Objective(Linearised):
         found = self._filled(torch.autograd.grad(loss, self.tensors, allow_unused=True))
         pairs = zip(found.values(), self.tensors, strict=True)
         return [g if self.l2 == 0.0 else g + self.l2 * p.detach() for g, p in pairs]
+
+    def left_behind(self) -> list[Tensor]:
+        """The gradient of the objective from what a closure left in ``.grad``."""
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.tensors]
+        return [
+            g.clone() if self.l2 == 0.0 else g + self.l2 * p.detach() for g, p in zip(found, self.tensors, strict=True)
+        ]
+
+    def called_again(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The objective at the parameters as they are now from a closure that was heard; its gradients are kept out."""
+        gradients = [p.grad for p in self.tensors]
+        for p in self.tensors:
+            p.grad = None
+        try:
+            with undisturbed(self.model), repeated(self._random), torch.enable_grad():
+                return self.value(closure())
+        finally:
+            for p, gradient in zip(self.tensors, gradients, strict=True):
+                p.grad = gradient
 
     def again(self, batch: Batch) -> Tensor:
         """The objective at the parameters as they are now, 0-d, with the random numbers of ``here``."""
@@ -207,13 +161,22 @@ class Objective(Linearised):
         return total
 
     def _heads(self, output: Any, targets: Any) -> tuple[Head, ...]:
-        args, kwargs = self._called.call
+        return self.heads_of(*self._called.call, output, targets)
+
+    def heads_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, targets: Any) -> tuple[Head, ...]:
+        """The heads of one call of the model, bound to its data labels.
+
+        Raises:
+            LikelihoodError: outputs or labels that do not fit, or labels that are needed and not there.
+        """
+        if targets is None:
+            targets = self.picks.pick_targets(args, kwargs, output)
         outputs = picked(self.likelihood, self.picks, args, kwargs, output)
         given = meaningful(self.likelihood, targets)
         heads = bound_to_batch(
             self.likelihood, self.picks, outputs, args=args, kwargs=kwargs, output=output, targets=given
         )
-        require_targets(heads, "call step(inputs, targets)")
+        require_targets(heads, "call step(inputs, targets), or pick them with data=kc.Data(targets=...)")
         return heads
 
     def _point(self, batch: Batch, output: Any, targets: Any) -> Point:
@@ -233,4 +196,3 @@ class Objective(Linearised):
         torch.set_rng_state(general)
         if own is not None:
             torch.get_device_module(self.device).set_rng_state(own, self.device)
-
