@@ -45,7 +45,7 @@ class LevenbergMarquardt:
         every: int | None = 5,
         check: int = 1,
         decay: float = 0.95,
-        growth: float = 4.0,
+        growth: float = 1.5,
         least: float = 1e-8,
         most: float = 1e8,
     ) -> None:
@@ -54,7 +54,7 @@ class LevenbergMarquardt:
                 f"LevenbergMarquardt(initial={initial!r}): expected a number from least={least!r} to most={most!r}, or "
                 f"None to find one by trial steps"
             )
-        for name, period in (("every", every or 1), ("check", check)):
+        for name, period in (("every", 1 if every is None else every), ("check", check)):
             if not is_size(period):
                 raise ArgumentError(f"LevenbergMarquardt({name}={period!r}): expected a number of steps >= 1")
         if every is not None and every % check:

@@ -28,6 +28,9 @@ from .trust_region import Bound, as_bound
 LEAST_EXAMPLES = 128
 """In products with the exact Fisher, where the batch has them."""
 
+TRIES = 4
+"""Shorter steps that are tried where the loss is higher after one, before it is taken back."""
+
 FORMAT = "kfac_cond.NaturalGradient"
 VERSION = 1
 
@@ -294,22 +297,49 @@ class NaturalGradient(Optimizer):
     def _move(self, part: Batch, gradient: Tensors, loss: Tensor, again: Callable[[], Tensor]) -> None:
         directions, model, coefficients = self._modelled(part, gradient)
         trial = self._moved(directions, coefficients)
-        looks = self.damping.looks(self._steps)
-        read = [loss, again() if looks else loss, model.change(coefficients, self._objective.l2), *coefficients]
-        before, after, predicted, rate, *rest = torch.stack([one.to(coefficients) for one in read]).tolist()
+        looks, eta = self.damping.looks(self._steps), self._objective.l2
+        read = [loss, again() if looks else loss, model.change(coefficients, eta), model.slopes @ coefficients]
+        read += [*coefficients]
+        before, after, predicted, slope, rate, *rest = torch.stack([one.to(coefficients) for one in read]).tolist()
         ratio = (after - before) / predicted if looks and predicted < 0 else math.nan
         momentum = rest[-1] if "previous" in self.state[self._objective.tensors[0]] else 0.0
         self._last = {"damping": self.damping.value, "gamma": self._gamma, "ratio": ratio, "rate": rate}
         self._last |= {"momentum": momentum, "predicted": predicted}
+        # Below the round-off of the losses nothing is said.
         noise = 10 * torch.finfo(loss.dtype).eps * abs(before)
+        length = 1.0
         if not (math.isfinite(before) and after <= before + noise):
-            self._take_back(trial)
-            return
-        for p, step in zip(self._objective.tensors, trial.step, strict=True):
-            self.state[p]["previous"] = step
-        # Below the round-off of the losses the ratio says nothing.
-        if looks and self.damping.due(self._steps) and abs(predicted) > noise:
+            length = self._shortened(trial, before, after, slope, again) if math.isfinite(before) else 0.0
+            self._stale = True
+            self.damping.reject()
+        elif looks and self.damping.due(self._steps) and abs(predicted) > noise:
             self.damping.update(ratio)
+        self._last["length"] = length
+        if length == 0.0:
+            self._take_back(trial)
+            self._rejected += 1
+        for p, step in zip(self._objective.tensors, trial.step, strict=True):
+            if length == 0.0:
+                self.state[p].pop("previous", None)
+            else:
+                self.state[p]["previous"] = step if length == 1.0 else step * length
+
+    def _shortened(self, trial: Trial, before: float, after: float, slope: float, again: Callable[[], Tensor]) -> float:
+        """Find a shorter step the same way that does not raise the loss; 0 where there is none.
+
+        The next length is the minimum of the parabola through what is known, between a tenth and a half of the last.
+        """
+        length = 1.0
+        for _ in range(TRIES):
+            change = (after - before) / length
+            best = -slope / (2 * (change - slope)) if math.isfinite(change) and change > slope else 0.0
+            length *= min(max(best, 0.1), 0.5)
+            for p, start, step in zip(self._objective.tensors, trial.before, trial.step, strict=True):
+                torch.add(start, step, alpha=length, out=p)
+            after = float(again())
+            if after <= before:
+                return length
+        return 0.0
 
     def _moved(self, directions: list[Tensors], coefficients: Tensor) -> Trial:
         """Move the parameters by sum_i c_i d_i."""
@@ -323,13 +353,9 @@ class NaturalGradient(Optimizer):
         return trial
 
     def _take_back(self, trial: Trial) -> None:
-        """Leave the parameters as they were, without momentum, and damp more."""
+        """Leave the parameters as they were before it."""
         for p, before in zip(self._objective.tensors, trial.before, strict=True):
             p.copy_(before)
-            self.state[p].pop("previous", None)
-        self._rejected += 1
-        self._stale = True
-        self.damping.reject()
 
     def _calibrate(self, part: Batch, gradient: Tensors, loss: Tensor, again: Callable[[], Tensor]) -> None:
         """Find lambda by trial steps, each taken back."""
@@ -340,8 +366,7 @@ class NaturalGradient(Optimizer):
             directions, model, coefficients = self._modelled(part, gradient)
             moved = self._moved(directions, coefficients)
             change = again() - loss
-            for p, before in zip(self._objective.tensors, moved.before, strict=True):
-                p.copy_(before)
+            self._take_back(moved)
             read = [change, model.change(coefficients, self._objective.l2)]
             measured, predicted = torch.stack([one.to(coefficients) for one in read]).tolist()
             return (measured / predicted if predicted < 0 else math.nan), measured
