@@ -83,8 +83,8 @@ class LevenbergMarquardt:
         """
         if self._value is None:
             raise ArgumentError(
-                "LevenbergMarquardt() has no lambda yet: kc.NaturalGradient finds one at its first step; elsewhere give "
-                "LevenbergMarquardt(initial=...)"
+                "LevenbergMarquardt() has no lambda yet: kc.NaturalGradient finds one at its first step; elsewhere "
+                "give LevenbergMarquardt(initial=...)"
             )
         return self._value
 
@@ -139,8 +139,8 @@ class LevenbergMarquardt:
 class FactorDamping:
     """gamma, the square root of what damps the preconditioner, found by trying three of them.
 
-    Every ``every`` steps gamma, gamma omega and gamma / omega are tried, omega = ``decay`` ^ ``every``, and that goes on
-    whose step the quadratic model, with exact products, says to gain the most. It starts from the tied value,
+    Every ``every`` steps gamma, gamma omega and gamma / omega are tried, omega = ``decay`` ^ ``every``, and that one
+    goes on whose step the quadratic model, with exact products, says to gain the most. It starts from the tied value,
     sqrt(lambda + eta). Each try inverts all factors.
 
     Args:

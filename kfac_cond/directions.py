@@ -1,4 +1,4 @@
-"""Where a step of the natural gradient goes: by a preconditioner, by conjugate gradients, or through the Gram kernel."""
+"""Where a step of the natural gradient goes: a preconditioner, conjugate gradients, or the Gram kernel."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Direction:
 
     Args:
         name: 'kfac', 'ekfac', 'tkfac' or 'diagonal': the gradient preconditioned with that structure. 'exact': the
-            solution with the exact Fisher by conjugate gradients, preconditioned with 'kfac' (Hessian-free). 'gram': the
-            same in closed form through the Gram kernel, for few examples.
+            solution with the exact Fisher by conjugate gradients, preconditioned with 'kfac' (Hessian-free). 'gram':
+            the same in closed form through the Gram kernel, for few examples.
         share: of the batch's examples in products with the exact Fisher, at least 128 of them; 1 for all.
         burn_in: calls of ``step`` at the start that only take factors in, and leave the parameters as they are.
         factor_damping: ``kc.FactorDamping`` for a gamma found by trying; None ties it, gamma^2 = lambda + eta.
@@ -124,7 +124,7 @@ class Preconditioner(KFAC):
         }
         with without_autocast(next(iter(self.layers.values())).device):
             updates = updates_of(self.layers, list(self.layers), gradients, self._shared, {})
-        found = {}
+        found: dict[int, Tensor] = {}
         for name, one in updates.items():
             new = self.layers[name].layout.from_matrix(one.update)
             found |= {id(p): new[key].to(p.dtype) for key, p in self.layers[name].parameters.items()}
@@ -226,5 +226,5 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _parts(row: Tensor, like: Sequence[Tensor]) -> Tensors:
-    pieces = row.split([one.numel() for one in like])
+    pieces = torch.split(row, [one.numel() for one in like])
     return [piece.reshape(one.shape).to(one.dtype) for piece, one in zip(pieces, like, strict=True)]

@@ -274,8 +274,8 @@ class Intake:
         self.explicit = True
         if self._when.due() and not self._send(heads, None):
             raise CaptureError(
-                f"no captured forward of {type(self._model).__name__} computed the outputs of this step: call the model "
-                f"itself, with gradients enabled"
+                f"no captured forward of {type(self._model).__name__} computed the outputs of this step: call the "
+                f"model itself, with gradients enabled"
             )
 
     def _drop(self) -> None:

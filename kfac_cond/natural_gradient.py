@@ -118,9 +118,10 @@ class NaturalGradient(Optimizer):
         """One step on a batch.
 
         ``step(inputs, targets)`` calls the model and the loss itself; ``.grad`` is not touched. ``step(closure)`` is
-        for a loop that has a closure: it calls the model and the criterion once, goes back through the loss and returns
-        it, and is called once more where the loss after the step is looked at. With a likelihood in place of the
-        criterion it is the closure that says the loss; labels that the Fisher needs are picked by ``kc.Data(targets=)``.
+        for a loop that has a closure: it calls the model and the criterion once, goes back through the loss and
+        returns it, and is called once more where the loss after the step is looked at. With a likelihood in place of
+        the criterion it is the closure that says the loss; labels that the Fisher needs are picked by
+        ``kc.Data(targets=)``.
 
         The host waits for the device once a step, for the two losses and what was predicted of them; and where
         inverses are refreshed.
@@ -162,8 +163,8 @@ class NaturalGradient(Optimizer):
         if self.param_groups:
             raise ArgumentError(
                 "NaturalGradient has one parameter group, since its damping, rate and momentum are of all parameters "
-                "together: freeze what is not to train with requires_grad_(False), and make a new NaturalGradient where "
-                "the model has grown"
+                "together: freeze what is not to train with requires_grad_(False), and make a new NaturalGradient "
+                "where the model has grown"
             )
         super().add_param_group(param_group)
 
@@ -391,8 +392,8 @@ def _as_rule(damping: object) -> LevenbergMarquardt:
     if damping is None or is_damping(damping):
         return LevenbergMarquardt(damping)
     raise ArgumentError(
-        f"damping is {described(damping)}: expected a number to start from, kc.LevenbergMarquardt(...), or None to find "
-        f"one by trial steps"
+        f"damping is {described(damping)}: expected a number to start from, kc.LevenbergMarquardt(...), or None to "
+        f"find one by trial steps"
     )
 
 

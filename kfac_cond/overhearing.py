@@ -23,7 +23,7 @@ Hear = Callable[[tuple[Head, ...]], None]
 
 
 class Overhearing:
-    """Listens to one run of a closure: one call of the model with gradients, and one of the criterion where there is one.
+    """Listens to one run of a closure: a call of the model with gradients, and one of the criterion.
 
     Args:
         objective: whose model and criterion are meant.
@@ -71,8 +71,8 @@ class Overhearing:
         call = self._calls[-1]
         if not any(one is outputs for one in picked(self._objective.likelihood, self._objective.picks, *call).values()):
             raise CaptureError(
-                f"the closure called {type(module).__name__} with another tensor than the model returned: hand the outputs "
-                f"to the criterion as they are, {REMEDY}"
+                f"the closure called {type(module).__name__} with another tensor than the model returned: hand the "
+                f"outputs to the criterion as they are, {REMEDY}"
             )
         self._targets.append(targets)
         self._hear(self._objective.heads_of(*call, targets))
@@ -81,6 +81,6 @@ class Overhearing:
     def _once(name: str, times: int) -> None:
         if times != 1:
             raise CaptureError(
-                f"the closure called {name} {times} times with gradients: expected once, since the quadratic model is of "
-                f"one batch; join micro-batches into one, {REMEDY}"
+                f"the closure called {name} {times} times with gradients: expected once, since the quadratic model is "
+                f"of one batch; join micro-batches into one, {REMEDY}"
             )

@@ -13,11 +13,11 @@ from .statistics import count_dtype, statistic_dtype
 
 @dataclass(frozen=True)
 class QuadraticModel:
-    """M(delta) = h + g^T delta + 1/2 delta^T (F + lambda I) delta for delta = sum_i c_i d_i; nothing is read by the host.
+    """M(delta) = h + g^T delta + 1/2 delta^T (F + lambda I) delta for delta = sum_i c_i d_i.
 
-    With the directions d = (Delta, delta_0), a preconditioned gradient and the step before, c is (alpha, mu): a learning
-    rate and a momentum that no schedule has to give. ``curvature`` is a Gram matrix of pushed-forward directions, so
-    that it is positive semi-definite by construction, whatever the rounding.
+    With the directions d = (Delta, delta_0), a preconditioned gradient and the step before, c is (alpha, mu): a
+    learning rate and a momentum that no schedule has to give. ``curvature`` is a Gram matrix of pushed-forward
+    directions, so that it is positive semi-definite by construction. Nothing is read by the host.
 
     Args:
         curvature: d_i^T F d_j, [k, k], in the units of F.
@@ -71,7 +71,7 @@ class QuadraticModel:
         return coefficients @ self.squares @ coefficients
 
     def _independent(self, unit: Tensor, usable: Tensor) -> Tensor:
-        """Which directions are no combination of those before, bool [k]: the pivots of Cholesky, without those dropped."""
+        """Which directions are no combination of those before, bool [k]: by the pivots of Cholesky."""
         kept: list[Tensor] = []
         rows: list[Tensor] = []
         for index in range(len(unit)):

@@ -90,8 +90,7 @@ class KLClip:
         return self.bound(total, total)
 
     def bound(self, quadratic: Tensor, square: Tensor) -> Tensor:
-        """nu = min(1, sqrt(2 max_kl / delta^T F delta)), 0-d, where that product is known; the KL is then exact to
-        second order."""
+        """nu = min(1, sqrt(2 max_kl / delta^T F delta)), 0-d, where that product is known."""
         nu = (2 * self.max_kl / quadratic.clamp(min=torch.finfo(quadratic.dtype).tiny)).sqrt()
         return nu.clamp(max=1.0)
 
@@ -150,8 +149,8 @@ def as_bound(value: object) -> Bound | None:
     if value is None or (not isinstance(value, type) and callable(getattr(value, "bound", None))):
         return cast("Bound | None", value)
     raise ArgumentError(
-        f"trust_region is {described(value)}: expected kc.KLClip(max_kl), kc.NormConstraint(max_norm), or None; a step of "
-        f"kc.NaturalGradient is one of all layers, so that what scales layers one by one has no place"
+        f"trust_region is {described(value)}: expected kc.KLClip(max_kl), kc.NormConstraint(max_norm), or None; a step "
+        f"of kc.NaturalGradient is one of all layers, so that what scales layers one by one has no place"
     )
 
 

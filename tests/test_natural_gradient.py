@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -108,7 +109,7 @@ def test_softmax_regression_converges_quadratically():
         optimizer.step(x, y)
         errors.append(float((model(x).log_softmax(1) - best).detach().abs().max()))
     # Each error is of the order of the square of the one before, down to round-off.
-    pairs = [(a, b) for a, b in zip(errors[1:], errors[2:], strict=False) if b > 1e-11]
+    pairs = [(a, b) for a, b in itertools.pairwise(errors[1:]) if b > 1e-11]
     assert errors[-1] < 1e-7
     assert all(b < 2 * a**2 for a, b in pairs), errors
 
@@ -119,7 +120,7 @@ def test_full_batch_losses_never_rise(word, l2):
     model, x, y = classes()
     optimizer = kc.NaturalGradient(model, nn.CrossEntropyLoss(), direction=word, l2=l2)
     losses = [float(optimizer.step(x, y)) for _ in range(25)]
-    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:], strict=False)), losses
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses)), losses
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -363,7 +364,7 @@ def test_many_likelihoods(likelihood, labels):
     optimizer = kc.NaturalGradient(model, likelihood)
     losses = [float(optimizer.step(x, labels)) for _ in range(10)]
     assert losses[-1] < losses[0]
-    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
 
 
 def test_what_the_preconditioner_leaves_out_has_a_rate_of_its_own():
