@@ -44,8 +44,9 @@ class LevenbergMarquardt:
         *,
         every: int | None = 5,
         check: int = 1,
-        decay: float = 0.95,
+        decay: float = 0.9,
         growth: float = 1.5,
+        fresh: tuple[float, float] | None = (0.25, 0.5),
         least: float = 1e-8,
         most: float = 1e8,
     ) -> None:
@@ -67,7 +68,10 @@ class LevenbergMarquardt:
             raise ArgumentError(f"LevenbergMarquardt(least={least!r}, most={most!r}): expected 0 <= least < most")
         self.initial, self.every, self.check = initial, every, check
         self.decay, self.growth, self.least, self.most = decay, growth, least, most
+        self.fresh = fresh
         self._value = initial
+        #: Sums since the last change: what steps added to the objective of the batch after theirs, and of their own.
+        self._added, self._predicted = 0.0, 0.0
 
     @property
     def started(self) -> bool:
@@ -104,21 +108,34 @@ class LevenbergMarquardt:
         """Whether the loss after ``step`` is looked at."""
         return (step + 1) % self.check == 0
 
+    def saw(self, added: float, predicted: float) -> None:
+        """Take in what a step added to the objective of the next batch, and what it was predicted to of its own."""
+        if math.isfinite(added) and math.isfinite(predicted):
+            self._added += added
+            self._predicted += predicted
+
+    @property
+    def fresh_ratio(self) -> float:
+        """What steps since the last change gained on the batch after theirs, over what was predicted; 1 of none."""
+        return self._added / self._predicted if self._predicted < 0 else 1.0
+
     def update(self, ratio: float) -> None:
         """Take in the reduction ratio of a step; one that is NaN says that the model was wrong."""
-        omega = self.decay ** (self.every or 1)
-        if ratio > 0.75:
-            self.start(self.value * omega)
-        elif not ratio >= 0.25:
+        omega, fresh = self.decay ** (self.every or 1), self.fresh_ratio
+        low, high = (-math.inf, -math.inf) if self.fresh is None else self.fresh
+        self._added, self._predicted = 0.0, 0.0
+        if not (ratio >= 0.25 and fresh >= low):
             self.start(self.value / omega)
+        elif ratio > 0.75 and fresh > high:
+            self.start(self.value * omega)
 
     def reject(self) -> None:
         """A step was taken back."""
         self.start(self.value * self.growth)
 
     def state_dict(self) -> dict[str, Any]:
-        """lambda, which is all that changes."""
-        return {"value": self._value}
+        """lambda, and what was seen since it last changed."""
+        return {"value": self._value, "added": self._added, "predicted": self._predicted}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave.
@@ -130,6 +147,7 @@ class LevenbergMarquardt:
         if not (value is None or is_damping(value)):
             raise StateError(f"the state has lambda = {value!r}: expected a number, the file is damaged")
         self._value = value
+        self._added, self._predicted = float(saved["added"]), float(saved["predicted"])
 
     def __repr__(self) -> str:
         value = "to be found" if self._value is None else f"{self._value:g}"

@@ -42,6 +42,27 @@ class Trial(NamedTuple):
     before: Tensors
 
 
+class Outcome(NamedTuple):
+    """What a step did to the objective of its batch, and was predicted to do.
+
+    ``predicted`` is M(delta) - M(0) with F + eta I, ``slope`` its linear part; ``fresh`` is what the step before added
+    to the objective of this batch, from the model of this batch.
+    """
+
+    before: float
+    after: float
+    predicted: float
+    slope: float
+    fresh: float
+    rate: float
+    momentum: float
+
+    @property
+    def ratio(self) -> float:
+        """The reduction ratio."""
+        return (self.after - self.before) / self.predicted if self.predicted < 0 else math.nan
+
+
 class NaturalGradient(Optimizer):
     """Minimises h(theta) = loss + l2/2 |theta|^2 by natural gradient; no learning rate is to be given.
 
@@ -108,6 +129,8 @@ class NaturalGradient(Optimizer):
         self._steps, self._rejected = 0, 0
         #: Whether the inverses in use are of another damping than lambda now.
         self._stale = False
+        #: What the last step was predicted to add to the objective of its own batch.
+        self._predicted = 0.0
         self._last: dict[str, float] = {}
         super().__init__(self._objective.tensors, {"l2": float(l2)})
 
@@ -199,6 +222,7 @@ class NaturalGradient(Optimizer):
             "steps": self._steps,
             "rejected": self._rejected,
             "stale": self._stale,
+            "predicted": self._predicted,
             "last": dict(self._last),
             "damping": self.damping.state_dict(),
             "factor_damping": {} if own is None else own.state_dict(),
@@ -223,7 +247,7 @@ class NaturalGradient(Optimizer):
         if own is not None:
             own.load_state_dict(state_dict["factor_damping"])
         self._steps, self._rejected = int(state_dict["steps"]), int(state_dict["rejected"])
-        self._stale = bool(state_dict["stale"])
+        self._stale, self._predicted = bool(state_dict["stale"]), float(state_dict["predicted"])
         self._last = {str(key): float(value) for key, value in state_dict["last"].items()}
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -296,49 +320,67 @@ class NaturalGradient(Optimizer):
         return directions, model, coefficients
 
     def _move(self, part: Batch, gradient: Tensors, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """Step, look at the loss, and go less far or not at all where it is higher."""
         directions, model, coefficients = self._modelled(part, gradient)
         trial = self._moved(directions, coefficients)
-        looks, eta = self.damping.looks(self._steps), self._objective.l2
-        read = [loss, again() if looks else loss, model.change(coefficients, eta), model.slopes @ coefficients]
-        read += [*coefficients]
-        before, after, predicted, slope, rate, *rest = torch.stack([one.to(coefficients) for one in read]).tolist()
-        ratio = (after - before) / predicted if looks and predicted < 0 else math.nan
-        momentum = rest[-1] if "previous" in self.state[self._objective.tensors[0]] else 0.0
-        self._last = {"damping": self.damping.value, "gamma": self._gamma, "ratio": ratio, "rate": rate}
-        self._last |= {"momentum": momentum, "predicted": predicted}
+        looks = self.damping.looks(self._steps)
+        found = self._read(model, coefficients, loss, again() if looks else loss)
+        if self._momentous:
+            self.damping.saw(found.fresh, self._predicted)
         # Below the round-off of the losses nothing is said.
-        noise = 10 * torch.finfo(loss.dtype).eps * abs(before)
-        length = 1.0
-        if not (math.isfinite(before) and after <= before + noise):
-            length = self._shortened(trial, before, after, slope, again) if math.isfinite(before) else 0.0
+        noise = 10 * torch.finfo(loss.dtype).eps * abs(found.before)
+        length, usable = 1.0, math.isfinite(found.before)
+        self._last = {"damping": self.damping.value, "gamma": self._gamma, "fresh": self.damping.fresh_ratio}
+        self._last |= {"rate": found.rate, "momentum": found.momentum, "predicted": found.predicted}
+        self._last |= {"ratio": found.ratio if looks else math.nan}
+        if not (usable and found.after <= found.before + noise):
+            length = self._shortened(trial, found, again) if usable else 0.0
             self._stale = True
             self.damping.reject()
-        elif looks and self.damping.due(self._steps) and abs(predicted) > noise:
-            self.damping.update(ratio)
+        elif looks and self.damping.due(self._steps) and abs(found.predicted) > noise:
+            self.damping.update(found.ratio)
         self._last["length"] = length
+        self._predicted = length * found.slope + length**2 * (found.predicted - found.slope)
+        self._keep(trial, length)
+
+    @property
+    def _momentous(self) -> bool:
+        """Whether there is a step before."""
+        return "previous" in self.state[self._objective.tensors[0]]
+
+    def _read(self, model: QuadraticModel, coefficients: Tensor, loss: Tensor, after: Tensor) -> Outcome:
+        """What a step did and was predicted to do, read from the device in one transfer."""
+        eta = self._objective.l2
+        numbers = [loss, after, model.change(coefficients, eta), model.slopes @ coefficients]
+        # Back along the step before, the last direction: what it added to the objective of this batch.
+        numbers += [model.slopes[-1] - model.matrix(eta)[-1, -1] / 2, coefficients[0], coefficients[-1]]
+        found = Outcome(*torch.stack([one.to(coefficients) for one in numbers]).tolist())
+        return found if self._momentous else found._replace(momentum=0.0)
+
+    def _keep(self, trial: Trial, length: float) -> None:
+        """Remember the step as the one before, or take it back where nothing is left of it."""
+        for p, step in zip(self._objective.tensors, trial.step, strict=True):
+            self.state[p].pop("previous", None)
+            if length > 0.0:
+                self.state[p]["previous"] = step if length == 1.0 else step * length
         if length == 0.0:
             self._take_back(trial)
             self._rejected += 1
-        for p, step in zip(self._objective.tensors, trial.step, strict=True):
-            if length == 0.0:
-                self.state[p].pop("previous", None)
-            else:
-                self.state[p]["previous"] = step if length == 1.0 else step * length
 
-    def _shortened(self, trial: Trial, before: float, after: float, slope: float, again: Callable[[], Tensor]) -> float:
+    def _shortened(self, trial: Trial, found: Outcome, again: Callable[[], Tensor]) -> float:
         """Find a shorter step the same way that does not raise the loss; 0 where there is none.
 
         The next length is the minimum of the parabola through what is known, between a tenth and a half of the last.
         """
-        length = 1.0
+        length, after, slope = 1.0, found.after, found.slope
         for _ in range(TRIES):
-            change = (after - before) / length
+            change = (after - found.before) / length
             best = -slope / (2 * (change - slope)) if math.isfinite(change) and change > slope else 0.0
             length *= min(max(best, 0.1), 0.5)
             for p, start, step in zip(self._objective.tensors, trial.before, trial.step, strict=True):
                 torch.add(start, step, alpha=length, out=p)
             after = float(again())
-            if after <= before:
+            if after <= found.before:
                 return length
         return 0.0
 

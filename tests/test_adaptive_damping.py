@@ -13,7 +13,7 @@ from kfac_cond.adaptive import calibrated
 
 from .training import EVERY_STEP, batches, network, parameters_of
 
-OMEGA = 0.95**5
+OMEGA = 0.9**5
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,28 @@ def test_lambda_follows_the_ratio(ratio, factor):
     rule = kc.LevenbergMarquardt(2.0)
     rule.update(ratio)
     assert rule.value == pytest.approx(2.0 * factor)
+
+
+@pytest.mark.parametrize(
+    ("added", "factor"),
+    [(-0.1, 1 / OMEGA), (-0.24, 1 / OMEGA), (-0.26, 1.0), (-0.5, 1.0), (-0.51, OMEGA), (2.0, 1 / OMEGA)],
+)
+def test_lambda_falls_only_where_the_next_batch_gains_too(added, factor):
+    rule = kc.LevenbergMarquardt(2.0)
+    rule.saw(added / 2, -0.5)
+    rule.saw(added / 2, -0.5)
+    rule.saw(math.nan, -1.0)
+    rule.update(1.0)
+    assert rule.value == pytest.approx(2.0 * factor)
+    rule.update(1.0)
+    assert rule.value == pytest.approx(2.0 * factor * OMEGA)
+
+
+def test_the_next_batch_may_be_left_out():
+    rule = kc.LevenbergMarquardt(2.0, fresh=None)
+    rule.saw(1.0, -1.0)
+    rule.update(1.0)
+    assert rule.value == pytest.approx(2.0 * OMEGA)
 
 
 def test_it_stays_within_its_bounds():

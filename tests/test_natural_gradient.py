@@ -63,9 +63,33 @@ def test_the_ratio_is_one_on_least_squares_whatever_the_damping(word):
     for _ in range(4):
         optimizer.step(x, y)
         assert optimizer.metrics()["ratio"] == pytest.approx(1.0, abs=1e-9)
+        assert optimizer.metrics()["fresh"] == pytest.approx(1.0, abs=1e-9)
         assert optimizer.damping.value == 2.0
     optimizer.step(x, y)
-    assert optimizer.damping.value == pytest.approx(2.0 * 0.95**5)
+    assert optimizer.damping.value == pytest.approx(2.0 * 0.9**5)
+
+
+def test_what_a_step_added_to_the_next_batch_is_exact_on_least_squares():
+    """From the model of the next batch alone, at no cost: no loss is computed anywhere for it."""
+    model, x, y = regression(examples=40)
+    batches = [(x[:20], y[:20]), (x[20:], y[20:])]
+    optimizer = kc.NaturalGradient(model, kc.Gaussian(), damping=0.1)
+    before = loss_of(model, *batches[1])
+    optimizer.step(*batches[0])
+    added = loss_of(model, *batches[1]) - before
+    predicted = optimizer.metrics()["predicted"]
+    optimizer.step(*batches[1])
+    assert optimizer.metrics()["fresh"] == pytest.approx(float(added) / predicted, abs=1e-10)
+
+
+def test_damping_grows_where_steps_fit_their_own_batch_alone():
+    """Labels that are noise: every batch wants another step."""
+    model = nn.Linear(30, 1)
+    optimizer = kc.NaturalGradient(model, kc.Gaussian(), damping=1e-3)
+    for _ in range(10):
+        optimizer.step(torch.randn(20, 30), torch.randn(20, 1))
+    assert optimizer.metrics()["ratio"] == pytest.approx(1.0)
+    assert optimizer.damping.value > 2e-3
 
 
 def test_the_first_step_has_the_rate_of_the_1x1_solution():
