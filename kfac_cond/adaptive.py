@@ -224,20 +224,29 @@ class FactorDamping:
 def calibrated(
     trial: Callable[[float], tuple[float, float]], start: float, *, factor: float = 10.0, limit: int = 8
 ) -> float:
-    best, value = None, start
+    """Find the lambda of a first step by taking it with several.
+
+    From ``start`` on lambda falls while steps gain more and the model stays fair, or grows until it is.
+
+    Args:
+        trial: of lambda; gives the reduction ratio of its step, and what the step added to the objective.
+        start: a lambda of the size of the curvature along the gradient.
+        factor: between two of them.
+        limit: most trials.
+    """
+    value = start
     ratio, change = trial(value)
-    if ratio >= 0.5:
-        best = (change, value)
+    if not ratio >= 0.5:
         for _ in range(limit - 1):
-            value /= factor
-            ratio, change = trial(value)
-            if not (ratio >= 0.25 and change < best[0]):
+            value *= factor
+            if trial(value)[0] >= 0.25:
                 break
-            best = (change, value)
-        return best[1]
+        return value
+    best, least = value, change
     for _ in range(limit - 1):
-        value *= factor
+        value /= factor
         ratio, change = trial(value)
-        if ratio >= 0.25:
+        if not (ratio >= 0.25 and change < least):
             break
-    return value
+        best, least = value, change
+    return best
