@@ -154,7 +154,7 @@ def test_a_search_takes_the_gamma_of_the_lowest_model():
             model, "categorical", direction=kc.Direction(factor_damping=own), damping=kc.LevenbergMarquardt(0.01)
         )
         # A step that searches, or, for one gamma alone, none that does.
-        optimizer._steps = 0 if way == "search" else 1
+        optimizer._steps.steps = 0 if way == "search" else 1
         optimizer.step(x, y)
         metrics = optimizer.metrics()
         found[way] = metrics["gamma"], metrics["rate"], parameters_of(model)
