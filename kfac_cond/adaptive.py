@@ -17,10 +17,12 @@ class LevenbergMarquardt:
     ``every`` steps lambda is multiplied by omega = ``decay`` ^ ``every`` where rho > 3/4, and divided by it where
     rho < 1/4. After a step that was taken back it is multiplied by ``growth``.
 
+    Two losses of one batch say nothing of the others: where batches are small or noisy every step looks good on its
+    own, and lambda would fall to where it does harm. So it falls only where the next batch gained by the steps as well,
+    which the model of that batch says of the step before, g^T delta_0 - 1/2 delta_0^T (F + eta I) delta_0, at no cost.
+
     It is a callable of the step, so that it is a damping for ``kc.KFAC`` too: there the loop measures the two losses,
-    and calls ``update(rho)``. The rule trusts two losses of one batch. Where the batch says little of the objective
-    (small batches, dropout) every step looks good on its own batch, and lambda falls to where it does harm: give a
-    ``least`` there, or a fixed damping.
+    and calls ``update(rho)``.
 
     Args:
         initial: lambda at the start, in the units of the mean loss's Fisher; None has ``kc.NaturalGradient`` find it by
@@ -30,6 +32,8 @@ class LevenbergMarquardt:
             at is not taken back. A divisor of ``every``.
         decay: the factor of one step.
         growth: of a step that was taken back.
+        fresh: the share of what steps were predicted to gain that the batch after each must have gained, for lambda to
+            fall; minus infinity to leave that out. On one and the same batch it is near 1.
         least, most: bounds of lambda.
 
     Raises:
@@ -46,7 +50,7 @@ class LevenbergMarquardt:
         check: int = 1,
         decay: float = 0.9,
         growth: float = 1.5,
-        fresh: tuple[float, float] | None = (0.25, 0.5),
+        fresh: float = 0.25,
         least: float = 1e-8,
         most: float = 1e8,
     ) -> None:
@@ -64,6 +68,8 @@ class LevenbergMarquardt:
             raise ArgumentError(f"LevenbergMarquardt(decay={decay!r}): expected a number in (0, 1]")
         if not (is_number(growth) and 1 < growth < math.inf):
             raise ArgumentError(f"LevenbergMarquardt(growth={growth!r}): expected a number above 1")
+        if not is_number(fresh):
+            raise ArgumentError(f"LevenbergMarquardt(fresh={fresh!r}): expected a number, as 0.25 for a quarter")
         if not (is_damping(least) and is_damping(most) and least < most):
             raise ArgumentError(f"LevenbergMarquardt(least={least!r}, most={most!r}): expected 0 <= least < most")
         self.initial, self.every, self.check = initial, every, check
@@ -122,11 +128,10 @@ class LevenbergMarquardt:
     def update(self, ratio: float) -> None:
         """Take in the reduction ratio of a step; one that is NaN says that the model was wrong."""
         omega, fresh = self.decay ** (self.every or 1), self.fresh_ratio
-        low, high = (-math.inf, -math.inf) if self.fresh is None else self.fresh
         self._added, self._predicted = 0.0, 0.0
-        if not (ratio >= 0.25 and fresh >= low):
+        if not ratio >= 0.25:
             self.start(self.value / omega)
-        elif ratio > 0.75 and fresh > high:
+        elif ratio > 0.75 and fresh > self.fresh:
             self.start(self.value * omega)
 
     def reject(self) -> None:

@@ -27,6 +27,9 @@ from .trust_region import Bound, as_bound
 FORMAT = "kfac_cond.NaturalGradient"
 VERSION = 1
 
+DEFAULT = Schedule(factors=1, inverses=5, warmup=8)
+"""The first averages change fast: inverses are made anew at the steps 0, 1, 2 and 4 too."""
+
 
 class NaturalGradient(Optimizer):
     """Minimises h(theta) = loss + l2/2 |theta|^2 by natural gradient; no learning rate is to be given.
@@ -43,7 +46,7 @@ class NaturalGradient(Optimizer):
             Hessian-free), 'gram' (the exact solution, for few examples); or ``kc.Direction`` with more to say.
         damping: lambda: ``kc.LevenbergMarquardt``, or the number that it starts from; None finds one by trial steps.
         l2: eta, of weight decay as a term of the objective.
-        schedule: when factors are captured and inverted; default every step and every 5.
+        schedule: when factors are captured and inverted; default every step, and every 5 once the first are over.
         trust_region: bounds each step, by its KL divergence with exact products, ``kc.KLClip(max_kl)``, or by its
             length, ``kc.NormConstraint(max_norm)``.
         data: where to find masks, outputs and labels in a batch, and the seed of the labels drawn.
@@ -85,7 +88,7 @@ class NaturalGradient(Optimizer):
         self.damping = _as_rule(damping)
         self.trust_region = as_bound(trust_region)
         _refuse_ranks(model)
-        schedule = Schedule(factors=1, inverses=5) if schedule is None else settings_of(schedule, Schedule, "schedule")
+        schedule = DEFAULT if schedule is None else settings_of(schedule, Schedule, "schedule")
         self._objective = Objective(model, likelihood, data=data)
         self._kfac = (
             None if self.direction.name == "gram" else Preconditioner(self._objective, self.direction, schedule, data)
