@@ -13,7 +13,7 @@ from kfac_cond.adaptive import calibrated
 
 from .training import EVERY_STEP, batches, network, parameters_of
 
-OMEGA = 0.9**5
+OMEGA = 0.95**5
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,20 @@ def valley(best: float, worst_below: float = 0.0):
 
 @pytest.mark.parametrize("best", [1e2, 1.0, 1e-2])
 def test_trials_go_down_to_what_gains_the_most(best):
+    """Of those that gain half as much the largest; a tenth away they gain a tenth here."""
     trial, tried = valley(best)
     assert calibrated(trial, 1e3) == pytest.approx(best)
     assert tried[-1] == pytest.approx(best / 10)
+
+
+def test_the_largest_that_gains_half_of_the_most_goes_on():
+    gains = {100.0: -1.0, 10.0: -4.9, 1.0: -5.1, 0.1: -9.0, 0.01: -10.0, 0.001: -9.0}
+    assert calibrated(lambda value: (0.6, gains[round(value, 6)]), 100.0) == pytest.approx(1.0)
+
+
+def test_a_model_that_is_not_fair_is_no_lambda():
+    trials = {100.0: (0.9, -1.0), 10.0: (0.3, -2.0), 1.0: (0.2, -50.0)}
+    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(100.0)
 
 
 def test_a_start_that_is_too_bold_goes_up():

@@ -66,7 +66,7 @@ def test_the_ratio_is_one_on_least_squares_whatever_the_damping(word):
         assert optimizer.metrics()["fresh"] == pytest.approx(1.0, abs=1e-9)
         assert optimizer.damping.value == 2.0
     optimizer.step(x, y)
-    assert optimizer.damping.value == pytest.approx(2.0 * 0.9**5)
+    assert optimizer.damping.value == pytest.approx(2.0 * 0.95**5)
 
 
 def test_what_a_step_added_to_the_next_batch_is_exact_on_least_squares():
