@@ -231,9 +231,9 @@ def calibrated(
 ) -> float:
     """Find the lambda of a first step by taking it with several.
 
-    From ``start`` on lambda falls while steps gain more and the model stays fair; it goes on with the largest that gains
-    half of the most, since what the boldest gains of one batch is in part of that batch alone. Where the model is not
-    fair at the start it grows until it is.
+    From ``start`` on lambda falls while steps gain more and the model stays fair. It goes on with the largest that
+    gains half of the most: what the boldest gains is in part of that batch alone. Where the model is not fair at the
+    start lambda grows until it is.
 
     Args:
         trial: of lambda; gives the reduction ratio of its step, and what the step added to the objective.

@@ -143,6 +143,8 @@ class Objective(Linearised):
     def _loss(self, heads: Sequence[Head], targets: Any) -> Tensor:
         """What the criterion says, or sum_h w_h / M_h sum kappa (-log p)."""
         if self.criterion is not None:
+            if targets is None:
+                raise LikelihoodError(f"{type(self.criterion).__name__}: no targets for it: call step(inputs, targets)")
             loss = self.criterion(heads[0].outputs, targets)
             if not (isinstance(loss, Tensor) and loss.ndim == 0):
                 raise ArgumentError(f"{type(self.criterion).__name__} gave {described(loss)}: expected a 0-d loss")

@@ -202,12 +202,12 @@ def test_a_step_that_is_too_bold_is_taken_back_and_damping_grows():
 def test_a_step_that_is_bold_is_shortened(factor):
     """The parabola through the two losses and the slope is the loss itself: its minimum is found at once."""
     model, optimizer, closure = steep(factor)
-    before = float(closure())
+    before = float(closure().detach())
     start = parameters_of(model)
     optimizer.step(closure)
     assert optimizer.metrics()["rejected"] == 0
     assert optimizer.metrics()["length"] == pytest.approx(max(1 / factor, 0.1) if factor < 20 else 0.1 * 10 / 30)
-    assert float(closure()) < before
+    assert float(closure().detach()) < before
     assert optimizer.damping.value == pytest.approx(1.5e-12)
     step = nn.utils.parameters_to_vector([optimizer.state[p]["previous"] for p in model.parameters()])
     assert_same(step, parameters_of(model) - start)
@@ -537,6 +537,21 @@ def test_arguments_out_of_range_are_refused_and_nothing_stays_on_the_model(argum
 def test_settings_of_a_direction_out_of_range_are_refused(arguments, match):
     with pytest.raises(kc.ArgumentError, match=match):
         kc.Direction(**arguments)
+
+
+@pytest.mark.parametrize("likelihood", [nn.CrossEntropyLoss(), kc.Categorical()])
+def test_a_loss_without_targets_is_refused(likelihood):
+    model, x, _ = classes()
+    with pytest.raises(kc.LikelihoodError, match=r"no targets for .*call step\(inputs, targets\)"):
+        kc.NaturalGradient(model, likelihood).step(x)
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(kc.Plan, "world", property(lambda self: 2))
+    model = network()
+    with pytest.raises(kc.CoverageError, match=r"NaturalGradient of Sequential on several ranks.*kc\.KFAC"):
+        kc.NaturalGradient(model, "categorical")
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_second_parameter_group_is_refused():
