@@ -76,6 +76,8 @@ class Steps:
         self._state = state
         #: Calls of ``step``, and steps that were taken back.
         self.steps, self.rejected = 0, 0
+        #: Whether lambda is one that was given or found, and not the scale that trials begin at.
+        self.calibrated = damping.started
         #: Whether the inverses in use are of another damping than lambda now.
         self.stale = False
         #: What the last step was predicted to add to the objective of its own batch.
@@ -89,6 +91,7 @@ class Steps:
         return {
             "steps": self.steps,
             "rejected": self.rejected,
+            "calibrated": self.calibrated,
             "stale": self.stale,
             "predicted": self.predicted,
             "last": dict(self.last),
@@ -103,6 +106,7 @@ class Steps:
             self.direction.factor_damping.load_state_dict(saved["factor_damping"])
         self.steps, self.rejected = int(saved["steps"]), int(saved["rejected"])
         self.stale, self.predicted = bool(saved["stale"]), float(saved["predicted"])
+        self.calibrated = bool(saved["calibrated"])
         self.last = {str(key): float(value) for key, value in saved["last"].items()}
 
     @property
@@ -125,12 +129,12 @@ class Steps:
             loss: the objective, 0-d.
             again: the objective at the parameters as they are then.
         """
-        part, starting = self._part(batch), not self.damping.started
-        if starting:
+        part = self._part(batch)
+        if not self.damping.started:
             self.damping.start(self._steepness(part, gradient))
         self._take_in()
         if self.steps >= self.direction.burn_in:
-            if starting:
+            if not self.calibrated:
                 self._calibrate(part, gradient, loss, again)
             own = self.direction.factor_damping
             if own is not None and own.due(self.steps):
@@ -162,7 +166,9 @@ class Steps:
     def _steepness(self, part: Batch, gradient: Tensors) -> float:
         """g^T F g / g^T g, the curvature along the gradient: the scale that trials of lambda begin at."""
         (row,) = self.objective.pushed(part, [gradient])
-        return float(inner([row], [row]) / inner(gradient, gradient))
+        found = float(inner([row], [row]) / inner(gradient, gradient))
+        # Without a gradient, or without curvature along it, any scale will do.
+        return found if math.isfinite(found) and found > 0.0 else 1.0
 
     def _modelled(self, part: Batch, gradient: Tensors) -> tuple[list[Tensors], QuadraticModel, Tensor]:
         """The directions of this step, the model in their span, and where in it to go."""
@@ -182,7 +188,7 @@ class Steps:
         directions, model, coefficients = self._modelled(part, gradient)
         trial = self._moved(directions, coefficients)
         looks = self.damping.looks(self.steps)
-        found = self._read(model, coefficients, loss, again() if looks else loss)
+        found = self._read(model, coefficients, loss, self._looked(trial, again) if looks else loss)
         if self._momentous:
             self.damping.saw(found.fresh, self.predicted)
         # Below the round-off of the losses nothing is said.
@@ -237,7 +243,7 @@ class Steps:
             length *= min(max(best, 0.1), 0.5)
             for p, start, step in zip(self.objective.tensors, trial.before, trial.step, strict=True):
                 torch.add(start, step, alpha=length, out=p)
-            after = float(again())
+            after = float(self._looked(trial, again))
             if after <= found.before:
                 return length
         return 0.0
@@ -253,6 +259,14 @@ class Steps:
             p.add_(step)
         return trial
 
+    def _looked(self, trial: Trial, again: Callable[[], Tensor]) -> Tensor:
+        """The objective after a step; whatever is raised there leaves the parameters as they were before it."""
+        try:
+            return again()
+        except BaseException:
+            self._take_back(trial)
+            raise
+
     def _take_back(self, trial: Trial) -> None:
         """Leave the parameters as they were before it."""
         for p, before in zip(self.objective.tensors, trial.before, strict=True):
@@ -266,13 +280,14 @@ class Steps:
             self._invert(self.gamma)
             directions, model, coefficients = self._modelled(part, gradient)
             moved = self._moved(directions, coefficients)
-            change = again() - loss
+            change = self._looked(moved, again) - loss
             self._take_back(moved)
             read = [change, model.change(coefficients, self.objective.l2)]
             measured, predicted = torch.stack([one.to(coefficients) for one in read]).tolist()
             return (measured / predicted if predicted < 0 else math.nan), measured
 
         self.damping.start(calibrated(trial, self.damping.value))
+        self.calibrated = True
         self._invert(self.gamma)
 
     def _search(self, own: FactorDamping, part: Batch, gradient: Tensors) -> None:

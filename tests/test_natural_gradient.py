@@ -238,12 +238,38 @@ def test_a_loss_after_the_step_that_is_not_a_number_counts_as_higher():
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = model(torch.ones(4, 1)).mean().log() + 1 / model.weight.sum()
-        loss = loss if float(loss) > 0 else loss * math.nan
+        loss = loss if float(loss.detach()) > 0 else loss * math.nan
         (loss + model.weight.sum()).backward()
         return loss + model.weight.sum()
 
     optimizer.step(closure)
     assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("damping", [1.0, None], ids=["step", "trial"])
+def test_what_is_raised_after_a_step_leaves_parameters_as_they_were(damping):
+    model, x, y = classes()
+    optimizer, before = kc.NaturalGradient(model, "categorical", damping=damping), parameters_of(model)
+
+    def closure() -> Tensor:
+        if not torch.equal(parameters_of(model), before):
+            raise KeyboardInterrupt
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert torch.equal(parameters_of(model), before)
+
+
+def test_a_step_without_a_gradient_stays_where_it_is():
+    model, x, _ = regression()
+    optimizer, before = kc.NaturalGradient(model, kc.Gaussian()), parameters_of(model)
+    optimizer.step(x, model(x).detach())
+    assert_same(parameters_of(model), before)
+    losses = [float(optimizer.step(x, torch.ones(30, 2))) for _ in range(8)]
+    assert losses[-1] < losses[0]
 
 
 def test_a_step_that_is_not_looked_at_is_not_taken_back():
@@ -409,7 +435,10 @@ def test_burn_in_takes_factors_in_and_moves_nothing():
         optimizer.step(x, y)
         assert torch.equal(parameters_of(model), before)
     assert optimizer._kfac.fisher()["0"].A.shape == (4, 4)
+    # Trials of lambda are left for where parameters may move.
+    assert not optimizer._steps.calibrated
     optimizer.step(x, y)
+    assert optimizer._steps.calibrated
     assert not torch.equal(parameters_of(model), before)
 
 
