@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .adaptive import FactorDamping, LevenbergMarquardt
 from .checkpoints import load_checkpoint, save_checkpoint
 from .coverage import Coverage, coverage
 from .damping import Damping
 from .data import Data
+from .directions import Direction
 from .distributed import Plan, PlanTable
 from .errors import (
     ArgumentError,
@@ -47,8 +49,10 @@ from .likelihoods import (
     Tempered,
     VonMises,
 )
+from .natural_gradient import NaturalGradient
 from .options import Options, Structure
 from .preconditioner import KFAC
+from .quadratic import QuadraticModel
 from .schedules import Adaptive, Schedule
 from .structures import (
     Block,
@@ -64,7 +68,7 @@ from .structures import (
     SumBlock,
     UnitWiseBlock,
 )
-from .trust_region import KLClip
+from .trust_region import KLClip, NormConstraint
 from .wrapping import detach
 
 try:
@@ -89,7 +93,9 @@ __all__ = [
     "Data",
     "DenseBlock",
     "DiagonalBlock",
+    "Direction",
     "EigenBlock",
+    "FactorDamping",
     "Fisher",
     "FromDistribution",
     "Gamma",
@@ -104,6 +110,7 @@ __all__ = [
     "KroneckerBlock",
     "Laplace",
     "LayerKind",
+    "LevenbergMarquardt",
     "Likelihood",
     "LikelihoodError",
     "LowRankBlock",
@@ -111,7 +118,9 @@ __all__ = [
     "ModelChangedError",
     "Multinomial",
     "MultivariateGaussian",
+    "NaturalGradient",
     "NegativeBinomial",
+    "NormConstraint",
     "NotReadyError",
     "NumericalError",
     "Options",
@@ -120,6 +129,7 @@ __all__ = [
     "PlanTable",
     "Poisson",
     "Product",
+    "QuadraticModel",
     "RankError",
     "SamplingError",
     "Schedule",

@@ -160,3 +160,8 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 
 def _device(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in model.parameters()), None)
+
+
+def moved(value: Any, model: nn.Module) -> Any:
+    """A tensor, or a mapping or tuple of some, where the model's parameters are; anything else as it is."""
+    return _moved(value, _device(model))

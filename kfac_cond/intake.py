@@ -269,6 +269,19 @@ class Intake:
                 "like real ones. Layers must be (batch, length, ...) or flattened batch-first."
             )
 
+    def take_heads(self, heads: Sequence[Head]) -> None:
+        """Gather from the outputs of one forward that whoever made it hands over, and hear of nothing else.
+
+        Raises:
+            CaptureError: no forward of the model that was captured computed them.
+        """
+        self.explicit = True
+        if self._when.due() and not self._send(heads, None):
+            raise CaptureError(
+                f"no captured forward of {type(self._model).__name__} computed the outputs of this step: call the "
+                f"model itself, with gradients enabled"
+            )
+
     def _drop(self) -> None:
         self._pending, self._flags, self._sent = None, Flags(), []
 

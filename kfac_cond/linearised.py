@@ -49,7 +49,7 @@ class Point:
         return divisors(self.heads)
 
 
-class _Called(nn.Module):
+class Called(nn.Module):
     """A model as a function of a batch, which remembers how it was called."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -111,7 +111,7 @@ class Linearised:
         self._expectation = Expectation(self._request)
         self._number, self._examples = 0, 0
         self._fishers: tuple[OutputFisher, ...] = ()
-        self._called = _Called(model)
+        self._called = Called(model)
         #: The modules that hold a parameter, by name.
         self._holders = {name: module for name, module in named_modules(model) if _held_in(module, self.parameters)}
         self._raw = {id(p): name for name, p in self._called.named_parameters()}

@@ -91,6 +91,41 @@ def root_times_noise(likelihood: Likelihood, outputs: Tensor, generator: torch.G
     return likelihood.weighted(product, outputs)
 
 
+def root_transposed_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:
+    """S^T t of each term times the root of kappa, S S^T = H, zero at invalid terms: its square is t^T H t.
+
+    Args:
+        likelihood: bound to the batch.
+        outputs: what parametrises p, without its graph.
+        tangents: shaped as the outputs.
+
+    Returns:
+        [*terms, K], in float32 at least.
+    """
+    axes = likelihood.event_axes(outputs)
+    # Weighted as outputs are: S works within an event, and kappa is one number for it.
+    weighted = likelihood.weighted(events.widened(tangents), outputs)
+    return _root_transposed_times(likelihood, outputs, events.to_events(weighted, axes))
+
+
+@singledispatch
+def _root_transposed_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:
+    """[*terms, K] from [*terms, E]."""
+    root = likelihood.fisher_sqrt(outputs).to(tangents.dtype)
+    return (root.mT @ tangents.unsqueeze(-1)).squeeze(-1)
+
+
+@_root_transposed_times.register
+def _(likelihood: Elementwise, outputs: Tensor, tangents: Tensor) -> Tensor:
+    return likelihood._information(likelihood._events(outputs)).sqrt() * tangents
+
+
+@_root_transposed_times.register
+def _(likelihood: Categorical, outputs: Tensor, tangents: Tensor) -> Tensor:
+    p = likelihood._probabilities(outputs)
+    return p.sqrt() * (tangents - (p * tangents).sum(-1, keepdim=True))
+
+
 @singledispatch
 def _fisher_times(likelihood: Likelihood, outputs: Tensor, tangents: Tensor) -> Tensor:
     """[*terms, E] from [*terms, E]."""

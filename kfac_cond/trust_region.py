@@ -87,8 +87,71 @@ class KLClip:
         if total is None:
             return torch.ones(())
         # A sum that is not positive is round-off around zero: nothing to shorten.
-        nu = (2 * self.max_kl / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
+        return self.bound(total, total)
+
+    def bound(self, quadratic: Tensor, square: Tensor) -> Tensor:
+        """nu = min(1, sqrt(2 max_kl / delta^T F delta)), 0-d, where that product is known."""
+        nu = (2 * self.max_kl / quadratic.clamp(min=torch.finfo(quadratic.dtype).tiny)).sqrt()
         return nu.clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class NormConstraint:
+    """Bound the Euclidean length of an update: scale by nu = min(1, max_norm / |rate u|).
+
+    Args:
+        max_norm: largest length of one update over all layers, in the units of the parameters.
+
+    Source: Pascanu et al. 2013 (arXiv:1211.5063) for gradients; here it is the step that is bounded.
+    """
+
+    max_norm: float
+    by_layer: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.max_norm) and self.max_norm > 0):
+            raise ArgumentError(f"NormConstraint(max_norm={self.max_norm!r}): expected a positive number")
+
+    def scale(self, updates: Iterable[LayerUpdate]) -> Tensor:
+        """nu, 0-d."""
+        return self.factors([self.measure(one) for one in updates])
+
+    def measure(self, update: LayerUpdate) -> Tensor:
+        """rate^2 u^T u of a layer, 0-d."""
+        return (update.update.square().sum() * update.rate**2).reshape(())
+
+    def factors(self, numbers: Sequence[Tensor]) -> Tensor:
+        """nu, 0-d, from what was measured of all layers."""
+        if not numbers:
+            return torch.ones(())
+        total = torch.stack([one.to(numbers[0].device) for one in numbers]).sum()
+        return self.bound(total, total)
+
+    def bound(self, quadratic: Tensor, square: Tensor) -> Tensor:
+        """min(1, max_norm / sqrt(delta^T delta)), 0-d."""
+        nu = self.max_norm / square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+        return nu.clamp(max=1.0)
+
+
+class Bound(Protocol):
+    """A trust region that can be had from two numbers of the whole step: one for ``kc.NaturalGradient``."""
+
+    def bound(self, quadratic: Tensor, square: Tensor) -> Tensor:
+        """The factor, 0-d, of a step delta with delta^T F delta = ``quadratic`` and delta^T delta = ``square``."""
+
+
+def as_bound(value: object) -> Bound | None:
+    """A bound of a whole step, or None for none, from what a user passes for it.
+
+    Raises:
+        ArgumentError: anything without ``bound``.
+    """
+    if value is None or (not isinstance(value, type) and callable(getattr(value, "bound", None))):
+        return cast("Bound | None", value)
+    raise ArgumentError(
+        f"trust_region is {described(value)}: expected kc.KLClip(max_kl), kc.NormConstraint(max_norm), or None; a step "
+        f"of kc.NaturalGradient is one of all layers, so that what scales layers one by one has no place"
+    )
 
 
 class InOrder:

@@ -201,3 +201,41 @@ class OfItsOwn:
 )
 def test_a_number_of_each_layer_is_enough_where_scale_is_made_of_them(trust_region, expected):
     assert measures_layers(trust_region) is expected
+
+
+# -- the length of a step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.1])
+def test_a_constrained_update_has_the_length_that_is_allowed(max_norm):
+    updates = updates_of()
+    nu = kc.NormConstraint(max_norm).scale(updates)
+    squares = sum(((nu * one.rate * one.update) ** 2).sum() for one in updates)
+    assert_same(torch.as_tensor(squares).sqrt(), torch.tensor(max_norm))
+
+
+def test_a_length_that_is_allowed_shortens_nothing():
+    assert kc.NormConstraint(1e6).scale(updates_of()) == 1
+    assert kc.NormConstraint(1.0).scale([LayerUpdate(torch.zeros(2, 2), torch.zeros(2, 2), 0.5)]) == 1
+
+
+def test_a_step_of_sgd_has_the_length_that_is_allowed():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    kc.KFAC(model, criterion, trust_region=kc.NormConstraint(1e-3)).attach(optimizer)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    train(model, criterion, optimizer, batches(1))
+    after = nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert float((after - before).norm()) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), "a", True])
+def test_a_length_that_is_not_positive_is_refused(max_norm):
+    with pytest.raises(kc.ArgumentError, match=r"NormConstraint\(max_norm="):
+        kc.NormConstraint(max_norm)
+
+
+@pytest.mark.parametrize("region", [kc.KLClip(0.02), kc.NormConstraint(0.2)])
+def test_a_whole_step_is_bounded_from_its_two_numbers(region):
+    assert_same(region.bound(torch.tensor(0.16), torch.tensor(0.16)), torch.tensor(0.5))
+    assert region.bound(torch.tensor(0.0), torch.tensor(0.0)) == 1

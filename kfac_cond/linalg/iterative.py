@@ -14,7 +14,14 @@ Function = Callable[[Tensor], Tensor]
 """A function of eigenvalues, elementwise."""
 
 
-def conjugate_gradients(product: Product, right: Tensor, *, tolerance: float, limit: int) -> tuple[Tensor, float]:
+def conjugate_gradients(
+    product: Product,
+    right: Tensor,
+    *,
+    tolerance: float,
+    limit: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, float]:
     """Solve with the matrix; synchronises with the device at every step.
 
     Args:
@@ -22,19 +29,22 @@ def conjugate_gradients(product: Product, right: Tensor, *, tolerance: float, li
         right: [n].
         tolerance: residual at which to stop, relative to the norm of ``right``.
         limit: most steps.
+        precondition: a product [n] to [n] with something near the inverse, positive definite; None for the identity.
 
     Returns:
         (solution [n], relative residual reached): above the tolerance where the limit or a singular direction was met.
 
     Source: Hestenes & Stiefel 1952, J. Res. Natl. Bur. Stand. 49(6).
     """
+    apply = precondition or _same
     x, r = torch.zeros_like(right), right.clone()
-    p, rho = r, float(r @ r)
-    start = sqrt(rho)
+    size = start = sqrt(float(r @ r))
     if start == 0.0:
         return x, 0.0
+    p = z = apply(r)
+    rho = float(r @ z)
     for _ in range(limit):
-        if sqrt(rho) <= tolerance * start:
+        if size <= tolerance * start:
             break
         q = product(p.unsqueeze(0))[0]
         curvature = float(p @ q)
@@ -42,9 +52,14 @@ def conjugate_gradients(product: Product, right: Tensor, *, tolerance: float, li
             break
         step = rho / curvature
         x, r = x + step * p, r - step * q
-        before, rho = rho, float(r @ r)
-        p = r + (rho / before) * p
-    return x, sqrt(rho) / start
+        z = apply(r)
+        before, rho, size = rho, float(r @ z), sqrt(float(r @ r))
+        p = z + (rho / before) * p
+    return x, size / start
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def lanczos(product: Product, start: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
