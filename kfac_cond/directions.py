@@ -16,7 +16,7 @@ from .checks import checked_rules, described, is_number, is_whole
 from .damping import Damping, DampingNow
 from .data import Data
 from .errors import ArgumentError
-from .gradients import updates_of
+from .gradients import preconditioned
 from .guards import without_autocast
 from .heads import Head
 from .implicit import gram
@@ -123,10 +123,10 @@ class Preconditioner(KFAC):
             name: {key: gradient[id(p)] for key, p in layer.parameters.items()} for name, layer in self.layers.items()
         }
         with without_autocast(next(iter(self.layers.values())).device):
-            updates = updates_of(self.layers, list(self.layers), gradients, self._shared, {})
+            updates = preconditioned(self.layers, list(self.layers), gradients, self._shared)
         found: dict[int, Tensor] = {}
-        for name, one in updates.items():
-            new = self.layers[name].layout.from_matrix(one.update)
+        for name, update in updates.items():
+            new = self.layers[name].layout.from_matrix(update)
             found |= {id(p): new[key].to(p.dtype) for key, p in self.layers[name].parameters.items()}
         return found
 
