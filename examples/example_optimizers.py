@@ -272,8 +272,7 @@ OPTIMIZERS: dict[str, Entry] = {
         {"lr": 3e-3, "damping": 0.1, "factors": 10, "inverses": 50},
         {"classifier": {"factors": 5, "inverses": 10}},
     ),
+    "natural": Entry("Natural gradient", natural, {}, {}),
 }
 if not hasattr(torch.optim, "Muon"):  # torch before 2.9
     del OPTIMIZERS["muon"]
-if hasattr(kc, "NaturalGradient"):
-    OPTIMIZERS["natural"] = Entry("Natural gradient", natural, {}, {})

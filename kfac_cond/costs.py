@@ -42,6 +42,12 @@ def factor_bytes(layer: Layer, costing: Costing) -> int:
     return numbers * dtype.itemsize + counts * count_dtype(layer.like.device).itemsize
 
 
+def sum_bytes(layer: Layer, costing: Costing) -> int:
+    """Bytes of what one capture sums for A and for G, which waits for its step."""
+    of_A, of_G = layer.sum_shapes
+    return (prod(of_A) + costing.heads * prod(of_G)) * statistic_dtype(layer.like.dtype).itemsize
+
+
 def inverse_bytes(layer: Layer, costing: Costing) -> int:
     """Bytes of what the layer's gradient is preconditioned with."""
     if isinstance(layer.gradient_sums, GradientSquares):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .checks import check_module
-from .costs import Costing, capture_flops, factor_bytes, inverse_bytes, refresh_flops
+from .costs import Costing, capture_flops, factor_bytes, inverse_bytes, refresh_flops, sum_bytes
 from .errors import CoverageError
 from .layers.layer import Layer
 from .layers.survey import Row, Survey, survey
@@ -37,7 +37,8 @@ class CoverageRow(Row):
         d_out: rows of it, the side of G.
         groups: number of such matrices.
         structure: what the layer's block is stored as.
-        factor_bytes: of the averages of A and G; a capture that waits for its step holds as much once more.
+        factor_bytes: of the averages of A and G.
+        sum_bytes: of what one capture sums for them, until its step.
         inverse_bytes: of what gradients are preconditioned with.
         refresh_flops: operations of one refresh of the inverses.
         uses: how often a forward calls the layer's module; None where no batch was given, and in the universal form.
@@ -51,6 +52,7 @@ class CoverageRow(Row):
     groups: int = 1
     structure: str = ""
     factor_bytes: int = 0
+    sum_bytes: int = 0
     inverse_bytes: int = 0
     refresh_flops: int = 0
     uses: int | None = None
@@ -108,6 +110,11 @@ class Coverage:
         return sum(row.factor_bytes for row in self.rows)
 
     @property
+    def sum_bytes(self) -> int:
+        """Bytes of the sums of one capture."""
+        return sum(row.sum_bytes for row in self.rows)
+
+    @property
     def inverse_bytes(self) -> int:
         """Bytes of all inverses."""
         return sum(row.inverse_bytes for row in self.rows)
@@ -140,7 +147,8 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        totals = ("share", "parameters", "covered", "factor_bytes", "inverse_bytes", "refresh_flops", "capture_flops")
+        sizes = ("factor_bytes", "sum_bytes", "inverse_bytes")
+        totals = ("share", "parameters", "covered", *sizes, "refresh_flops", "capture_flops")
         return {**{name: getattr(self, name) for name in totals}, "rows": [asdict(row) for row in self.rows]}
 
     def to_pandas(self) -> Any:
@@ -166,7 +174,7 @@ class Coverage:
         )
         yield (
             f"memory: {in_bytes(self.factor_bytes)} of factors, {in_bytes(self.inverse_bytes)} of inverses, and "
-            f"{in_bytes(self.factor_bytes)} from a capture to its step"
+            f"{in_bytes(self.sum_bytes)} from a capture to its step"
         )
         of_batch = self.capture_flops
         yield (
@@ -310,6 +318,7 @@ def _costed_row(row: Row, layer: Layer | None, costing: Costing, used: Mapping[s
             d_out=layer.layout.d_out,
             groups=layer.layout.groups,
             factor_bytes=factor_bytes(layer, costing),
+            sum_bytes=sum_bytes(layer, costing),
             inverse_bytes=inverse_bytes(layer, costing),
             refresh_flops=refresh_flops(layer, costing),
         ),

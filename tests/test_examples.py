@@ -253,7 +253,7 @@ def names() -> list[str]:
         *(["muon"] if hasattr(torch.optim, "Muon") else []),
         "kfac",
         "kfac-graft",
-        *(["natural"] if hasattr(kc, "NaturalGradient") else []),
+        "natural",
     ]
 
 

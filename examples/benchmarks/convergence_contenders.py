@@ -17,8 +17,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from example_optimizers import OPTIMIZERS, Entry, Gradients, Settings, Setup, Stepper, decay, muon
 
-import kfac_cond as kc
-
 BUDGET = 6
 """Settings that are tried of each optimizer on each problem."""
 Grid = Sequence[Settings]
@@ -175,7 +173,6 @@ CONTENDERS: dict[str, Contender] = {
         "kfac-graft",
         pairs(dict.fromkeys(PROBLEMS, ((3e-3, 1e-2, 1e-3), (0.1, 0.03))), factors=5, inverses=10),
     ),
-}
-if hasattr(kc, "NaturalGradient"):
     # It is what needs no tuning: its defaults alone.
-    CONTENDERS["natural"] = _here("natural", {name: [{}] for name in PROBLEMS})
+    "natural": _here("natural", {name: [{}] for name in PROBLEMS}),
+}
