@@ -37,11 +37,11 @@ def equal(number: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(32, 32) for _ in range(number)))
 
 
-# Counts and flags are 3 * (1 + 5 + 3 * 2) = 36 numbers; triangles of the sums are 6 + 3 and 3 + 10.
+# Counts and flags are 3 * (1 + 5 + 3 * 2) = 36 numbers; triangles of sums and averages are 6 + 3 and 3 + 10.
 SHARD = {
-    "factor_bytes": 4 * (4 + 16) + 2 * 8,
+    "factor_bytes": 4 * (3 + 10) + 2 * 8,
     "inverse_bytes": 4 * (4 + 16),
-    "capturing_bytes": 4 * (9 + 4 + 4 + 16) + 4 * 8 + 4 * (22 + 36),
+    "capturing_bytes": 4 * 22 + 4 * 8 + 4 * (22 + 36),
     "capture_bytes": 4 * 22 // 2 + 4 * 36,
     "refresh_bytes": 4 * 3,
     "step_bytes": 4 * (6 + 8) // 2,
@@ -51,9 +51,9 @@ SHARD = {
     "mean_flops": 197,
 }
 REPLICATE = {
-    "factor_bytes": 4 * (9 + 4 + 4 + 16) + 4 * 8,
+    "factor_bytes": 4 * 22 + 4 * 8,
     "inverse_bytes": 4 * (9 + 4 + 4 + 16),
-    "capturing_bytes": 4 * (9 + 4 + 4 + 16) + 4 * 8 + 4 * (22 + 36),
+    "capturing_bytes": 4 * 22 + 4 * 8 + 4 * (22 + 36),
     "capture_bytes": 4 * (22 + 36),
     "refresh_bytes": 4 * 3 + 4 * 22 // 2,
     "step_bytes": 0,
