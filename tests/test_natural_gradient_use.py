@@ -273,6 +273,14 @@ def test_a_loss_without_targets_is_refused(likelihood):
         kc.NaturalGradient(model, likelihood).step(x)
 
 
+def test_autocast_is_refused():
+    model, x, y = classes()
+    optimizer = kc.NaturalGradient(model, "categorical")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(kc.ArgumentError, match="under autocast on cpu"):
+        optimizer.step(x, y)
+    optimizer.step(x, y)
+
+
 def test_several_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(kc.Plan, "world", property(lambda self: 2))
     model = network()
