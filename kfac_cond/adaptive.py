@@ -231,9 +231,9 @@ def calibrated(
 ) -> float:
     """Find the lambda of a first step by taking it with several.
 
-    From ``start`` on lambda falls while steps gain more and the model stays fair. It goes on with the largest that
-    gains half of the most: what the boldest gains is in part of that batch alone. Where the model is not fair at the
-    start lambda grows until it is.
+    From ``start`` on lambda falls until two in a row gain no more, or by a model that is not fair. It goes on with the
+    largest that gains half of the most: what the boldest gains is in part of that batch alone. Where the model is not
+    fair at the start lambda grows until it is.
 
     Args:
         trial: of lambda; gives the reduction ratio of its step, and what the step added to the objective.
@@ -249,11 +249,14 @@ def calibrated(
             if trial(value)[0] >= 0.25:
                 break
         return value
-    gains = {value: change}
+    gains, worse = {value: change}, 0
     for _ in range(limit - 1):
         value /= factor
         ratio, change = trial(value)
-        if not (ratio >= 0.25 and change < min(gains.values())):
+        better = ratio >= 0.25 and change < min(gains.values())
+        worse = 0 if better else worse + 1
+        if better:
+            gains[value] = change
+        elif worse == 2:
             break
-        gains[value] = change
     return max(value for value, change in gains.items() if change <= min(gains.values()) / 2)

@@ -121,12 +121,13 @@ class NaturalGradient(Optimizer):
             The objective before the step, l2 term included, 0-d.
 
         Raises:
-            ArgumentError: something else.
+            ArgumentError: something else, or autocast.
             CaptureError: a closure that calls the model or the criterion never, or more than once.
             LikelihoodError: outputs or targets that do not fit the likelihood.
             NumericalError: a first batch with statistics that are not finite.
         """
         objective = self._objective
+        _refuse_autocast(objective.device)
         objective.l2 = self.param_groups[0]["l2"]
         if callable(inputs) and targets is None:
             batch, found = Overhearing(objective, self._hear).run(inputs)
@@ -222,6 +223,14 @@ def _refuse_ranks(model: nn.Module) -> None:
         raise CoverageError(
             f"NaturalGradient of {type(model).__name__} on several ranks: its quadratic model is of the batch of one "
             f"process. Train with kc.KFAC and an optimizer there, which add up over ranks, or on one rank"
+        )
+
+
+def _refuse_autocast(device: torch.device) -> None:
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        raise ArgumentError(
+            f"NaturalGradient.step under autocast on {device.type}: what a step gains is below the round-off of half "
+            f"precision. Call it outside of autocast, or train with kc.KFAC and an optimizer there"
         )
 
 

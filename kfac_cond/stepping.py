@@ -116,6 +116,7 @@ class Steps:
 
     @property
     def gamma(self) -> float:
+        """The root of what damps the preconditioner: tied, or its own."""
         own, tied = self.direction.factor_damping, math.sqrt(self._added)
         return tied if own is None else own.at(tied)
 

@@ -181,17 +181,22 @@ def test_trials_go_down_to_what_gains_the_most(best):
     """Of those that gain half as much the largest; a tenth away they gain a tenth here."""
     trial, tried = valley(best)
     assert calibrated(trial, 1e3) == pytest.approx(best)
-    assert tried[-1] == pytest.approx(best / 10)
+    assert tried[-1] == pytest.approx(max(best / 100, 1e-4))
 
 
 def test_the_largest_that_gains_half_of_the_most_goes_on():
-    gains = {100.0: -1.0, 10.0: -4.9, 1.0: -5.1, 0.1: -9.0, 0.01: -10.0, 0.001: -9.0}
+    gains = {100.0: -1.0, 10.0: -4.9, 1.0: -5.1, 0.1: -9.0, 0.01: -10.0, 0.001: -9.0, 0.0001: -9.5}
     assert calibrated(lambda value: (0.6, gains[round(value, 6)]), 100.0) == pytest.approx(1.0)
 
 
 def test_a_model_that_is_not_fair_is_no_lambda():
-    trials = {100.0: (0.9, -1.0), 10.0: (0.3, -2.0), 1.0: (0.2, -50.0)}
+    trials = {100.0: (0.9, -1.0), 10.0: (0.3, -2.0), 1.0: (0.2, -50.0), 0.1: (0.1, -60.0)}
     assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(100.0)
+
+
+def test_one_that_gains_nothing_is_stepped_over():
+    trials = {100.0: (0.9, -1.0), 10.0: (0.2, -0.5), 1.0: (0.6, -50.0), 0.1: (0.7, -40.0), 0.01: (0.7, -30.0)}
+    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(1.0)
 
 
 def test_a_start_that_is_too_bold_goes_up():
