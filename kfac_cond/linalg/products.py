@@ -10,11 +10,11 @@ from torch import Tensor
 
 PANELS = 8
 """Into how many a triangle is cut at most: with k of them (k + 1) / 2k of all products are done."""
-NARROWEST = {"cpu": 128}
+NARROWEST = {"cpu": 256}
 """Columns of a panel at least, by type of device: of fewer the product takes longer than is saved."""
 NARROWEST_ELSEWHERE = 1024
 """The same on every other device, which multiplies many columns at once."""
-PIECE = 2048
+PIECE, FEW = 2048, 128
 """Rows that one thread of the host takes of a product of few columns, which its library shares out badly."""
 
 
@@ -36,10 +36,6 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     d = x.shape[-1]
     out = x.new_empty(*x.shape[:-2], d, d) if out is None else out
-    if x.device.type == "cpu" and torch.get_num_threads() > 1:
-        # New memory is mapped where it is first written: here each thread has pages to itself, in a panel they share
-        # all of them.
-        out.zero_()
     _multiply_into(out, x, keeping=0)
     return mirrored(out)
 
@@ -63,7 +59,7 @@ def _in_pieces(a: Tensor, b: Tensor) -> bool:
     if a.device.type != "cpu" or (threads := torch.get_num_threads()) == 1:
         return False
     alone = prod(a.shape[:-2]) == 1
-    return alone and a.shape[-2] >= 2 * threads * PIECE and max(a.shape[-1], b.shape[-1]) <= NARROWEST["cpu"]
+    return alone and a.shape[-2] >= 2 * threads * PIECE and max(a.shape[-1], b.shape[-1]) <= FEW
 
 
 def add_gram(upper: Tensor, x: Tensor) -> None:

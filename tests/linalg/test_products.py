@@ -15,7 +15,7 @@ from kfac_cond.linalg.products import add_gram, gram, gram_flops, mirrored
 from ..passes import Passes
 from ..reference import assert_same
 
-SHAPES = [(7, 3), (0, 3), (5, 128), (9, 129), (9, 255), (9, 256), (2, 5, 300), (2, 3, 0, 300), (3, 2050)]
+SHAPES = [(7, 3), (0, 3), (5, 256), (9, 257), (9, 511), (9, 512), (2, 5, 300), (2, 3, 0, 300), (3, 2050)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,7 +64,7 @@ def test_one_thread_takes_all_rows_at_once(monkeypatch):
     assert passes.products == [(3, 100, 5)]
 
 
-@pytest.mark.parametrize(("d", "share"), [(128, 1), (256, 3 / 4), (512, 5 / 8), (1024, 9 / 16), (2048, 9 / 16)])
+@pytest.mark.parametrize(("d", "share"), [(256, 1), (512, 3 / 4), (1024, 5 / 8), (2048, 9 / 16), (4096, 9 / 16)])
 def test_about_half_of_a_large_product_is_done(d, share):
     x = torch.zeros(3, d)
     with FlopCounterMode(display=False) as counter:
