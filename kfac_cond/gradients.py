@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Shuffle
+from .distributed import Shuffle, is_initialised
 from .errors import ArgumentError
 from .layers.layer import Layer
 from .layers.shards import check_placements, local, whole, write_into
@@ -96,7 +96,7 @@ def _parted(
     layers: Mapping[str, Layer], names: Sequence[str], shared: Shared, trust_region: TrustRegion | None
 ) -> list[str]:
     """The layers of which ranks have parts, and that one rank preconditions for all."""
-    if not measures_layers(trust_region):
+    if not (is_initialised() and measures_layers(trust_region)):
         return []
     inverted = [name for name in names if name in shared.factors.inverted]
     return [name for name in inverted if layers[name].sharded]

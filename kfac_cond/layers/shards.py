@@ -26,10 +26,12 @@ if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
+SHARDED: tuple[type[Tensor], ...] = (DTensor,) if dist.is_available() else ()
+
 
 def is_sharded(x: Tensor | None) -> bool:
     """Whether a tensor is a DTensor, of which this rank may have a part alone."""
-    return dist.is_available() and isinstance(x, DTensor)
+    return isinstance(x, SHARDED)
 
 
 def gathering(modules: Iterable[nn.Module]) -> list[Any]:
@@ -129,7 +131,9 @@ def whole(x: Tensor) -> Tensor:
 
 def brought_together(given: Any) -> Any:
     """The same arguments, with the DTensors among them brought together, which all ranks of their mesh call."""
-    if not any(isinstance(one, Tensor) and is_sharded(one) for one in tree_leaves(given)):
+    if isinstance(given, Tensor):
+        return whole(given)
+    if not any(is_sharded(one) for one in tree_leaves(given)):
         return given
     return tree_map(lambda one: whole(one) if isinstance(one, Tensor) else one, given)
 
