@@ -34,7 +34,8 @@ class LevenbergMarquardt:
         growth: of a step that was taken back.
         fresh: the share of what steps were predicted to gain that the batch after each must have gained, for lambda to
             fall; minus infinity to leave that out. On one and the same batch it is near 1.
-        least, most: bounds of lambda.
+        least: of lambda at the least.
+        most: at the most.
 
     Raises:
         ArgumentError: a number out of range.
