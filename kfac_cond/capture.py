@@ -249,6 +249,8 @@ class Capture:
                 use.keep = both(kept(forward.positions, *a.shape[-3:-1]), layer.kind.present(module, a))
                 use.batch = a.shape[-3]
             given = next(iter((*args, *kwargs.values())), None) if layer.kind.of_input_alone else None
+            # Changes of an inference tensor are not counted.
+            given = None if isinstance(given, Tensor) and given.is_inference() else given
             self._note(forward, layer, use, make, given)
 
     def _activations(

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checks import check_module
 from .errors import AttachError, CoverageError, ModelChangedError
 from .hooks import hook_owners
+from .layers import KINDS
 from .layers.layer import Layer
 from .layers.naming import named_modules
 from .layers.registry import registered
@@ -23,6 +24,8 @@ logger = logging.getLogger("kfac_cond")
 
 PLAIN = (bool, int, float, str, tuple)
 """Types of attributes that say what a module computes: a stride, a mode of padding."""
+METHODS = frozenset(name for kind in KINDS for name in kind.methods)
+"""Whatever says what a module of some kind computes."""
 
 
 def refuse_wrapped(model: nn.Module, kind: type) -> None:
@@ -130,7 +133,8 @@ def require_covering(model: nn.Module, found: Survey) -> None:
 class Marks:
     """What a survey looks at, in a form that is soon compared: where two are equal, so is what is covered.
 
-    Modules, their kinds and their parameters are compared by identity, plain attributes by value.
+    Modules, their kinds, parameters and what says what their classes compute are compared by identity, plain attributes
+    by value.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -138,7 +142,10 @@ class Marks:
         self._plain: list[object] = []
         for name, module in named_modules(model):
             parameters = module._parameters
-            self._held += (module, type(module), type(module).forward, *registered(module), *parameters.values())
+            kinds, of = registered(module), type(module)
+            methods = METHODS.union(*(one.methods for one in kinds))
+            self._held += (module, of, *kinds, *(getattr(of, one, None) for one in sorted(methods)))
+            self._held += parameters.values()
             kept = {key: (tuple(p.shape), p.requires_grad) for key, p in parameters.items() if p is not None}
             plain = {key: one if isinstance(one, PLAIN) else None for key, one in vars(module).items()}
             self._plain.append((name, kept, plain))

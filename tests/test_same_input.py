@@ -133,3 +133,21 @@ def test_the_input_is_not_kept_alive() -> None:
     gc.collect()
     assert model.seen is not None
     assert model.seen() is None
+
+
+def test_an_input_made_in_inference_mode_is_taken_each_time() -> None:
+    class Biases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 3)
+            for layer in (self.query, self.key):
+                layer.weight.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(x) + self.key(x)
+
+    with torch.inference_mode():
+        x = torch.randn(5, 4)
+    found = estimated(Biases(), x)
+    assert_same(found["query"].A, torch.ones(1, 1))
+    assert_same(found["key"].A, torch.ones(1, 1))

@@ -273,13 +273,16 @@ CHANGES = {
     "added": lambda model: model.append(torch.nn.Linear(2, 2)),
     "another forward": lambda model: setattr(model[0], "forward", lambda x: x),
     "another attribute": lambda model: setattr(model[3], "stride", (2,)),
+    "another method of its class": lambda model: setattr(type(model[4]), "_conv_forward", lambda *args: args[1]),
     "of another class": lambda model: setattr(model[0], "__class__", type("Own", (torch.nn.Linear,), {"forward": abs})),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_a_survey_looks_at_is_marked(change):
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2), torch.nn.Conv1d(1, 1, 1))
+    own = type("OwnConv", (torch.nn.Conv1d,), {})
+    parts = [torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2), torch.nn.Conv1d(1, 1, 1), own(1, 1, 1)]
+    model = torch.nn.Sequential(*parts)
     before = wrapping.Marks(model)
     assert wrapping.Marks(model).same(before)
     CHANGES[change](model)
