@@ -149,11 +149,13 @@ class LevenbergMarquardt:
         Raises:
             StateError: it is not that.
         """
-        value = saved.get("value", math.nan) if isinstance(saved, Mapping) else math.nan
-        if not (value is None or is_damping(value)):
-            raise StateError(f"the state has lambda = {value!r}: expected a number, the file is damaged")
-        self._value = value
-        self._added, self._predicted = float(saved["added"]), float(saved["predicted"])
+        value = _damping_in(saved, "lambda")
+        added, predicted = saved.get("added"), saved.get("predicted")
+        if not (isinstance(added, float) and isinstance(predicted, float)):
+            raise StateError(
+                f"the state of lambda has the sums {added!r} and {predicted!r}: expected two numbers, the file is damaged"
+            )
+        self._value, self._added, self._predicted = value, added, predicted
 
     def __repr__(self) -> str:
         value = "to be found" if self._value is None else f"{self._value:g}"
@@ -218,10 +220,7 @@ class FactorDamping:
         Raises:
             StateError: it is not that.
         """
-        value = saved.get("value", math.nan) if isinstance(saved, Mapping) else math.nan
-        if not (value is None or is_damping(value)):
-            raise StateError(f"the state has gamma = {value!r}: expected a number, the file is damaged")
-        self._value = value
+        self._value = _damping_in(saved, "gamma")
 
     def __repr__(self) -> str:
         return f"FactorDamping(every={self.every})"
@@ -261,3 +260,11 @@ def calibrated(
         elif worse == 2:
             break
     return max(value for value, change in gains.items() if change <= min(gains.values()) / 2)
+
+
+def _damping_in(saved: Mapping[str, Any], symbol: str) -> float | None:
+    """What a state has of lambda or gamma, None where none was found yet; nothing else is taken for one."""
+    value = saved.get("value", math.nan) if isinstance(saved, Mapping) else math.nan
+    if not (value is None or is_damping(value)):
+        raise StateError(f"the state has {symbol} = {value!r}: expected a number, the file is damaged")
+    return value

@@ -209,3 +209,13 @@ def test_there_is_an_end_to_trials():
     trial, tried = valley(1e-30)
     calibrated(trial, 1.0)
     assert len(tried) == 8
+
+
+@pytest.mark.parametrize("lost", ["added", "predicted"])
+def test_a_state_without_its_sums_is_refused_and_changes_nothing(lost):
+    rule = kc.LevenbergMarquardt(3.0)
+    before = rule.state_dict()
+    damaged = {key: one for key, one in kc.LevenbergMarquardt(5.0).state_dict().items() if key != lost}
+    with pytest.raises(kc.StateError, match="the file is damaged"):
+        rule.load_state_dict(damaged)
+    assert rule.state_dict() == before

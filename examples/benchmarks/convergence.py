@@ -18,7 +18,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from convergence_runs import Ledger, compete
 from convergence_tables import printed
 from example_results import save_picture
 from example_run import SCHEDULES
+from installed import versions
 
 from kfac_cond.tables import fitted
 
@@ -60,26 +60,21 @@ def problems(asked: argparse.Namespace) -> dict[str, Problem]:
     return {name: replace(one, **changed) for name, one in found.items()}
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def main(given: Sequence[str] | None = None) -> int:
     """Run, print the tables, and write everything where asked to."""
     asked = options(given)
     torch.set_num_threads(asked.threads)
     contenders = {name: CONTENDERS[name] for name in asked.contenders}
     grids = {who: {name: one.grids[name][: asked.budget] for name in asked.problems} for who, one in contenders.items()}
-    told = {"versions": versions(), "data": asked.data, "small": asked.small, "budget": asked.budget, "grids": grids}
+    told = {
+        "versions": versions(PACKAGES),
+        "data": asked.data,
+        "small": asked.small,
+        "budget": asked.budget,
+        "grids": grids,
+    }
     ledger = Ledger(asked.out, told, again=asked.resume)
-    print(fitted(", ".join(f"{name} {one}" for name, one in versions().items())))
+    print(fitted(", ".join(f"{name} {one}" for name, one in versions(PACKAGES).items())))
     panels = {}
     for name, problem in problems(asked).items():
         task = problem.make(asked.data)

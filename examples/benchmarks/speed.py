@@ -19,11 +19,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from installed import versions
 from speed_jobs import FACTORS, INVERSES
 from speed_models import MODELS, SMALL
 from speed_peers import PACKAGES
@@ -105,17 +105,6 @@ def note(job: str, row: Sequence[Cell]) -> str:
     return "; ".join([*(f"agrees: {one}" for one in sorted(compared)), *failed])
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def told(asked: argparse.Namespace) -> str:
     """How the numbers are to be read."""
     clock = "the process's own time" if asked.threads == 1 else "the clock on the wall"
@@ -134,7 +123,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if asked.resident:
         print(json.dumps(peak((SMALL if asked.small else MODELS)[asked.models[0]], asked.resident)))
         return 0
-    everything: dict[str, Any] = {"versions": versions(), "threads": asked.threads, "small": asked.small}
+    everything: dict[str, Any] = {"versions": versions(PACKAGES), "threads": asked.threads, "small": asked.small}
     print(told(asked), fitted(", ".join(f"{name} {one}" for name, one in everything["versions"].items())), sep="\n")
     found: list[Cell] = []
     for job in asked.jobs:
