@@ -153,7 +153,7 @@ class LevenbergMarquardt:
         added, predicted = saved.get("added"), saved.get("predicted")
         if not (isinstance(added, float) and isinstance(predicted, float)):
             raise StateError(
-                f"the state of lambda has the sums {added!r} and {predicted!r}: expected two numbers, the file is damaged"
+                f"the state of lambda has the sums {added!r}, {predicted!r}: expected two numbers, the file is damaged"
             )
         self._value, self._added, self._predicted = value, added, predicted
 
