@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .distributed import Shuffle, is_initialised
 from .errors import ArgumentError
+from .in_place import overwrite, places
 from .layers.layer import Layer
 from .layers.shards import check_placements, local, whole, write_into
 from .sharing import Shared
@@ -64,7 +65,10 @@ def precondition(
     """
     parted = _parted(layers, names, shared, trust_region)
     matrices: dict[str, Tensor] | None = None if trust_region is None else {}
-    results = preconditioned(layers, [name for name in names if name not in parted], gradients, shared, matrices)
+    # A trust region is asked before anything is written.
+    over = places(layers, names, gradients, shared) if trust_region is None else {}
+    rest = [name for name in names if name not in parted and name not in over]
+    results = preconditioned(layers, rest, gradients, shared, matrices)
     updates = {
         name: LayerUpdate(one, results[name], rate_of(layers[name], rates), name)
         for name, one in (matrices or {}).items()
@@ -72,6 +76,7 @@ def precondition(
     if not parted:
         scale = trust_region_scale(trust_region, updates, grad_scale) if updates and trust_region is not None else None
         write(layers, gradients, results, scale)
+        overwrite(over)
         return scale
     shuffle = shared.ranks().shuffle(parted, gradients)
     own = _collected(layers, gradients, shuffle, shared, rates)
@@ -89,6 +94,7 @@ def precondition(
         for key, gradient in gradients.get(name, {}).items():
             if key in parts:
                 local(gradient).copy_(parts[key])
+    overwrite(over)
     return scale
 
 

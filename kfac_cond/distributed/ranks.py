@@ -272,6 +272,10 @@ class Ranks:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
+    def exchanges(self, names: Sequence[str]) -> bool:
+        """Whether preconditioned gradients of these layers come from other ranks; the same on all."""
+        return bool(self.layout.results(names, self.rank))
+
     def exchanged(self, names: Sequence[str], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The preconditioned gradients of these layers, as their matrices, from ranks that have the inverses.
 
