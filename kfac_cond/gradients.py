@@ -75,8 +75,8 @@ def precondition(
     }
     if not parted:
         scale = trust_region_scale(trust_region, updates, grad_scale) if updates and trust_region is not None else None
-        write(layers, gradients, results, scale)
         overwrite(over)
+        write(layers, gradients, results, scale)
         return scale
     shuffle = shared.ranks().shuffle(parted, gradients)
     own = _collected(layers, gradients, shuffle, shared, rates)
@@ -89,12 +89,12 @@ def precondition(
     sent = {name: layers[name].layout.from_matrix(_scaled(one.update, factors.get(name))) for name, one in own.items()}
     del own
     parts = shuffle.returned(sent)
+    overwrite(over)
     write(layers, gradients, results, None if scale is None else [factors[name] for name in results])
     for name in parted:
         for key, gradient in gradients.get(name, {}).items():
             if key in parts:
                 local(gradient).copy_(parts[key])
-    overwrite(over)
     return scale
 
 
