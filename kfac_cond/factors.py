@@ -118,7 +118,9 @@ class Factors:
         bases = {name: self.bases.get(name, IDENTITIES) for name in names}
         return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
-    def refresh(self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None) -> None:
+    def refresh(
+        self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None, uses: int | None = None
+    ) -> None:
         """Invert averages anew, each where it is owned; nothing where none is usable yet.
 
         Args:
@@ -126,6 +128,7 @@ class Factors:
             ranks: those that take part.
             only: these layers, and whichever has no inverse or could not be inverted at a step of its own; all, for
                 None. Of a layer it is what its owner says that counts.
+            uses: products that each inverse serves for; None where it is not known, or other ranks are sent it.
 
         Raises:
             LikelihoodError, NumericalError: what was captured, or cannot be inverted, is not to go on with.
@@ -133,7 +136,7 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        make = partial(self._invert, damping, only)
+        make = partial(self._invert, damping, only, uses)
         rungs, fresh, self.health.unsettled = ranks.inverted(
             make, self.inverses, self.health.unsettled, rule=damping.rule
         )
@@ -148,7 +151,12 @@ class Factors:
         self.health.climbed(rungs)
 
     def _invert(
-        self, damping: DampingNow, only: Container[str] | None, owned: Container[str], into: dict[str, Block]
+        self,
+        damping: DampingNow,
+        only: Container[str] | None,
+        uses: int | None,
+        owned: Container[str],
+        into: dict[str, Block],
     ) -> dict[str, Rung]:
         """Put the inverses of the layers owned that are due and worth it in the place of those before.
 
@@ -164,7 +172,7 @@ class Factors:
             turned = self._turn(names)
             blocks = self.blocks(names)
             inverses, rungs = damped_inverses_of(
-                blocks, self._dampings(blocks, damping), rule=damping.rule, previous=into
+                blocks, self._dampings(blocks, damping), rule=damping.rule, previous=into, uses=uses
             )
             into |= inverses
             climbed |= {name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()}
