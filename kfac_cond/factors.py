@@ -118,9 +118,7 @@ class Factors:
         bases = {name: self.bases.get(name, IDENTITIES) for name in names}
         return {name: averaged(self.layers[name], *self.average.factors(name), of) for name, of in bases.items()}
 
-    def refresh(
-        self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None, uses: int | None = None
-    ) -> None:
+    def refresh(self, damping: DampingNow, ranks: Ranks, *, only: Container[str] | None = None) -> None:
         """Invert averages anew, each where it is owned; nothing where none is usable yet.
 
         Args:
@@ -128,7 +126,6 @@ class Factors:
             ranks: those that take part.
             only: these layers, and whichever has no inverse or could not be inverted at a step of its own; all, for
                 None. Of a layer it is what its owner says that counts.
-            uses: products that each inverse serves for; None where it is not known, or other ranks are sent it.
 
         Raises:
             LikelihoodError, NumericalError: what was captured, or cannot be inverted, is not to go on with.
@@ -136,7 +133,7 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        make = partial(self._invert, damping, only, uses)
+        make = partial(self._invert, damping, only, ranks.layout.costing.uses)
         rungs, fresh, self.health.unsettled = ranks.inverted(
             make, self.inverses, self.health.unsettled, rule=damping.rule
         )

@@ -35,6 +35,7 @@ class Shared:
         self.factors = Factors.empty(wrapped.layers, slots.weights, patience=schedule.patience)
         self._wrapped, self._slots, self._rule = wrapped, slots, rule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
+        #: Steps between two refreshes of all layers, where it is known beforehand.
         self._period = schedule.inverses if isinstance(schedule.inverses, int) and not schedule.stagger else None
         self._ranks: Ranks | None = None
         #: Over which ranks weights are cut, as the model was last looked at.
@@ -48,13 +49,9 @@ class Shared:
     @property
     def costing(self) -> Costing:
         """What costs depend on."""
-        return Costing(self._rule(), len(self._slots), self._wrapped.structure)
-
-    @property
-    def uses(self) -> int | None:
-        """Steps that an inverse serves for; None where it is not known, and where other ranks are sent it."""
         ranks = self.plan.world if self._ranks is None else self._ranks.size
-        return self._period if ranks == 1 else None
+        uses = self._period if ranks == 1 else None
+        return Costing(self._rule(), len(self._slots), self._wrapped.structure, uses)
 
     def ranks(self) -> Ranks:
         """The ranks there are, with the layers shared out among them.
@@ -86,7 +83,7 @@ class Shared:
     def refresh(self, damping: DampingNow, *, only: Container[str] | None = None) -> None:
         """Invert averages anew; see ``Factors.refresh``."""
         ranks = self.ranks()
-        self.factors.refresh(damping, ranks, only=only, uses=self.uses)
+        self.factors.refresh(damping, ranks, only=only)
 
     def refresh_unread(self, names: Iterable[str], damping: DampingNow) -> None:
         """Invert some averages on the step path; see ``Factors.refresh_unread``."""

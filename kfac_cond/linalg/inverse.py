@@ -26,7 +26,7 @@ CROWDED = {"cpu": 128}
 """Sizes whose multiples make a factorisation slow, by type of device: the numbers of a column fall into few places of a
 cache that goes by address, and push each other out."""
 
-SOLVES = {"cpu": 4}
+SOLVES = {"cpu": 2}
 """The most products for which solving with a factor takes less time than an inverse and its products, by type of
 device; none elsewhere, where a triangle is solved with row by row. It is 5 for squares of 1,024 on one thread, and more
 for smaller sides and for those with few columns."""
