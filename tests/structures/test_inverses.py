@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,11 +191,12 @@ def test_a_solving_block_in_another_dtype_solves(blocks: Any, dampings: Any) -> 
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("damping", [0.1, 1e3])
+@pytest.mark.parametrize("side", ["A", "G"])
 def test_what_cannot_be_factorised_climbs_as_an_inverse_does(
-    blocks: Any, dampings: Any, name: str, damping: float
+    blocks: Any, dampings: Any, name: str, side: str, damping: float
 ) -> None:
     """Indefinite; with the damping it succeeds, with more of it, or never."""
-    blocks[name] = KroneckerBlock(blocks[name].layout, A=-blocks[name].A, G=blocks[name].G)
+    blocks[name] = replace(blocks[name], **{side: -getattr(blocks[name], side)})
     dampings[name] = torch.tensor(damping, dtype=torch.float64)
     inverses, rungs = damped_inverses_of(blocks, dampings, rule="factored", previous={})
     found, of_found = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
