@@ -9,12 +9,13 @@ from math import prod
 from .damping import Rule
 from .layers.layer import Layer
 from .layers.summed import EigenSquares, GradientSquares
+from .linalg.inverse import solves
 from .linalg.products import gram_flops
 from .statistics import count_dtype, statistic_dtype
 
-_CUBIC = {"factored": 1, "exact": 9}
-"""Operations of one factorisation over d^3: a Cholesky factor takes 1/3 and the inverse from it 2/3; an
-eigendecomposition with its vectors about 9 (Golub & Van Loan, Matrix Computations, section 8.3)."""
+_CUBIC = {"factored": 3, "exact": 27}
+"""Operations of one factorisation over d^3 / 3: a Cholesky factor takes 1 and the inverse from it 2; an
+eigendecomposition with its vectors about 27 (Golub & Van Loan, Matrix Computations, section 8.3)."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Costing:
         rule: of the damping; 'factored' holds inverses of both sides, 'exact' their eigenbases and the eigenvalues.
         heads: number of heads of the likelihood, each with an average of G of its own.
         structure: that training keeps layers in where no rule says another.
+        uses: products that an inverse serves for; None where it is not known. For few, factors alone are kept.
     """
 
     rule: Rule = "factored"
     heads: int = 1
     structure: str = "kfac"
+    uses: int | None = None
 
 
 def factor_bytes(layer: Layer, costing: Costing) -> int:
@@ -68,12 +71,13 @@ def basis_bytes(layer: Layer) -> int:
 
 
 def refresh_flops(layer: Layer, costing: Costing) -> int:
-    """Floating-point operations of inverting both sides, or the diagonal."""
+    """Floating-point operations of inverting both sides, of their factors where these serve, or of the diagonal."""
     if isinstance(layer.gradient_sums, GradientSquares):
         return prod(layer.layout.matrix_shape)
+    rule = _rule(layer, costing)
+    thirds = 1 if rule == "factored" and solves(layer.device, costing.uses) else _CUBIC[rule]
     return sum(
-        prod(shape) * (_CUBIC[_rule(layer, costing)] * shape[-1] if _is_whole(layer, shape) else 1)
-        for shape in _sides(layer)
+        prod(shape) * shape[-1] * thirds // 3 if _is_whole(layer, shape) else prod(shape) for shape in _sides(layer)
     )
 
 

@@ -133,7 +133,7 @@ class Factors:
         """
         if not self.health.read(first=not self.inverted):
             return
-        make = partial(self._invert, damping, only)
+        make = partial(self._invert, damping, only, ranks.layout.costing.uses)
         rungs, fresh, self.health.unsettled = ranks.inverted(
             make, self.inverses, self.health.unsettled, rule=damping.rule
         )
@@ -148,7 +148,12 @@ class Factors:
         self.health.climbed(rungs)
 
     def _invert(
-        self, damping: DampingNow, only: Container[str] | None, owned: Container[str], into: dict[str, Block]
+        self,
+        damping: DampingNow,
+        only: Container[str] | None,
+        uses: int | None,
+        owned: Container[str],
+        into: dict[str, Block],
     ) -> dict[str, Rung]:
         """Put the inverses of the layers owned that are due and worth it in the place of those before.
 
@@ -164,7 +169,7 @@ class Factors:
             turned = self._turn(names)
             blocks = self.blocks(names)
             inverses, rungs = damped_inverses_of(
-                blocks, self._dampings(blocks, damping), rule=damping.rule, previous=into
+                blocks, self._dampings(blocks, damping), rule=damping.rule, previous=into, uses=uses
             )
             into |= inverses
             climbed |= {name: max(rung, turned.get(name, rung)) for name, rung in rungs.items()}

@@ -35,6 +35,8 @@ class Shared:
         self.factors = Factors.empty(wrapped.layers, slots.weights, patience=schedule.patience)
         self._wrapped, self._slots, self._rule = wrapped, slots, rule
         self._every = schedule.inverses if isinstance(schedule.inverses, int) else EVERY
+        #: Steps between two refreshes of all layers, where it is known beforehand.
+        self._period = schedule.inverses if isinstance(schedule.inverses, int) and not schedule.stagger else None
         self._ranks: Ranks | None = None
         #: Over which ranks weights are cut, as the model was last looked at.
         self._cuts = cuts_of(wrapped.model)
@@ -47,7 +49,9 @@ class Shared:
     @property
     def costing(self) -> Costing:
         """What costs depend on."""
-        return Costing(self._rule(), len(self._slots), self._wrapped.structure)
+        ranks = self.plan.world if self._ranks is None else self._ranks.size
+        uses = self._period if ranks == 1 else None
+        return Costing(self._rule(), len(self._slots), self._wrapped.structure, uses)
 
     def ranks(self) -> Ranks:
         """The ranks there are, with the layers shared out among them.

@@ -25,7 +25,7 @@ from .errors import KFACError, StateError
 from .health import Flags, Health
 from .layers.layer import Layer, draws_needed, storage_of
 from .statistics import LayerSums, Slots, Statistics, count_dtype, statistic_dtype
-from .structures import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+from .structures import Block, CholeskyBlock, DiagonalBlock, EigenBlock, KroneckerBlock
 from .trust_region import TrustRegion
 
 FORMAT = "kfac_cond.KFAC"
@@ -33,6 +33,7 @@ VERSION = 6
 
 _STORED: dict[type[Block], tuple[str, ...]] = {
     KroneckerBlock: ("A", "G"),
+    CholeskyBlock: ("A", "G"),
     EigenBlock: ("basis_A", "basis_G", "values"),
     DiagonalBlock: ("values",),
 }

@@ -21,6 +21,7 @@ class Passes(TorchDispatchMode):
     Attributes:
         written: numbers written by all other operations; a copy of d x d numbers counts d * d.
         products: of what was multiplied [rows, inner, columns], in order; a batch has its size in front.
+        solves: shapes of what triangular matrices were solved for, in order.
         largest: numbers of the largest tensor that any operation gave.
     """
 
@@ -30,12 +31,15 @@ class Passes(TorchDispatchMode):
         self.written = 0
         self.largest = 0
         self.products: list[tuple[int, ...]] = []
+        self.solves: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         sizes = [prod(one.shape) for one in tree_leaves(found) if isinstance(one, Tensor)]
         self.largest = max([self.largest, *sizes])
-        if func.overloadpacket in PRODUCTS:
+        if func.overloadpacket is aten.linalg_solve_triangular:
+            self.solves.append(tuple(found.shape))
+        elif func.overloadpacket in PRODUCTS:
             if func.overloadpacket not in (aten.linalg_cholesky_ex, aten.cholesky_inverse):
                 left, right = args[-2:]
                 self.products.append((*left.shape, right.shape[-1]))

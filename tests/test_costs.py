@@ -124,8 +124,14 @@ def test_the_bytes_predicted_are_the_bytes_held(name, rule, limit, structure):
     assert table.share == 1.0
     assert (table.factor_bytes, table.inverse_bytes) == held(kfac)
     assert {row.layer: row.inverse_bytes for row in table.rows if row.d_in} == inverses(kfac)
-    if (rule, structure) == ("factored", "kfac"):
-        assert kc.coverage(model, rules=rules).to_dict() == table.to_dict()
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_predicted_without_a_preconditioner_is_what_one_predicts(name, limit):
+    model, rules = MODELS[name](), {"*": {"max_factor_dim": limit}}
+    expected = kc.coverage(model, rules=rules).to_dict()
+    assert kc.KFAC(model, nn.CrossEntropyLoss(), rules=rules).coverage().to_dict() == expected
 
 
 def test_heads_have_an_average_of_G_each():
@@ -169,6 +175,17 @@ def test_the_operations_of_a_refresh(rule, limit, expected):
     rules = {"*": {"max_factor_dim": limit}}
     kfac = kc.KFAC(nn.Linear(3, 5), "categorical", damping=kc.Damping(rule=rule), rules=rules)
     assert kfac.coverage().refresh_flops == expected
+
+
+@pytest.mark.parametrize(
+    ("inverses", "expected"), [(1, 4**3 // 3 + 5**3 // 3), (2, 4**3 // 3 + 5**3 // 3), (3, 4**3 + 5**3)]
+)
+def test_a_refresh_of_what_serves_for_a_few_steps_is_a_factorisation(inverses, expected):
+    schedule = kc.Schedule(factors=1, inverses=inverses)
+    kfac = kc.KFAC(nn.Linear(3, 5), "categorical", schedule=schedule)
+    assert kfac.coverage().refresh_flops == expected
+    # Ranks are sent inverses.
+    assert sum(row.refresh_flops for row in kfac.plan(world=2).ranks) == 4**3 + 5**3
 
 
 @pytest.mark.parametrize(

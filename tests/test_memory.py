@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kfac_cond as kc
 from kfac_cond import costs
 from kfac_cond.layers import sharing
-from kfac_cond.linalg import patches
+from kfac_cond.linalg import inverse, patches
 
 from .memory import Allocated
 
@@ -95,6 +95,15 @@ def test_a_step_takes_factors_and_inverses_beside_a_plain_one_and_the_work_of_on
     matrices = sides(kfac)
     # The largest is worked at with one copy more.
     assert max(found) <= max(plain) + 2 * sum(matrices) + 2 * max(matrices)
+
+
+def test_solving_at_every_step_takes_no_more_than_inverting(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.FACTORS", 1)
+    monkeypatch.setattr(f"{__name__}.INVERSES", 1)
+    solving, _ = peaks(*perceptron(), wrapped=True)
+    monkeypatch.setattr(inverse, "SOLVES", {})
+    inverting, _ = peaks(*perceptron(), wrapped=True)
+    assert max(solving) <= max(inverting)
 
 
 def test_of_what_is_symmetric_one_triangle_is_kept_between_steps():

@@ -72,6 +72,11 @@ def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+def structure(kfac: kc.KFAC, name: str) -> str:
+    """What the inverse of a layer is saved as."""
+    return str(dict(kfac.state_dict()["layers"])[name]["inverse"]["structure"])
+
+
 RULES = {"factored": kc.Damping(0.1), "exact": kc.Damping(0.1, rule="exact")}
 
 
@@ -98,6 +103,39 @@ def test_resumed_is_uninterrupted_bitwise(stop, rule, explicit):
     assert same(everything(after[0]), everything(whole[0]))
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_between_refreshes_that_keep_factors_is_uninterrupted_bitwise(stop):
+    start, data = noisy_network().eval(), batches(4)
+    models = [copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start)]
+    schedule = kc.Schedule(factors=1, inverses=2)
+    whole, before, after = ((*build(m, schedule=schedule), m) for m in models)
+    for (kfac, criterion, optimizer, model), some in ((whole, data), (before, data[:stop])):
+        run(kfac, model, optimizer, some, criterion=criterion)
+    saved = through_a_file([before[3].state_dict(), before[2].state_dict(), before[0].state_dict()])
+    for target, state in zip((after[3], after[2], after[0]), saved, strict=True):
+        target.load_state_dict(state)
+    assert {structure(after[0], name) for name in after[0].layers} == {"CholeskyBlock"}
+    run(after[0], after[3], after[2], data[stop:], criterion=after[1])
+    assert torch.equal(parameters_of(after[3]), parameters_of(whole[3]))
+    assert same(everything(after[0]), everything(whole[0]))
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+def test_a_resume_under_another_schedule_goes_on_and_changes_at_the_refresh(first, then):
+    model, data = network(), batches(5)
+    kfac, criterion, optimizer = build(model, schedule=kc.Schedule(factors=1, inverses=first))
+    train(model, criterion, optimizer, data[:1])
+    state = kfac.state_dict()
+    kfac.remove()
+    kfac, criterion, optimizer = build(model, schedule=kc.Schedule(factors=1, inverses=then))
+    kfac.load_state_dict(state)
+    kept = {2: "CholeskyBlock", 4: "KroneckerBlock"}
+    train(model, criterion, optimizer, data[1:2])
+    assert structure(kfac, "0") == kept[first]
+    train(model, criterion, optimizer, data[2:])
+    assert structure(kfac, "0") == kept[then]
+
+
 @pytest.mark.parametrize(("first", "then"), [("factored", "exact"), ("exact", "factored")])
 def test_a_resume_under_the_other_rule_goes_on_and_changes_at_the_refresh(first, then):
     model, data = network(), batches(5)
@@ -108,8 +146,7 @@ def test_a_resume_under_the_other_rule_goes_on_and_changes_at_the_refresh(first,
     kfac, criterion, optimizer = build(model, damping=RULES[then])
     kfac.load_state_dict(state)
     train(model, criterion, optimizer, data[2:])
-    expected = {"factored": "KroneckerBlock", "exact": "EigenBlock"}[then]
-    assert dict(kfac.state_dict()["layers"])["0"]["inverse"]["structure"] == expected
+    assert structure(kfac, "0") == {"factored": "KroneckerBlock", "exact": "EigenBlock"}[then]
 
 
 def trained(model: nn.Module | None = None) -> kc.KFAC:

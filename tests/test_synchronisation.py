@@ -92,7 +92,7 @@ def steps(
 ) -> list[Counter]:
     """The reads of each of so many steps; factors at every second, inverses at every fourth."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    kfac = kc.KFAC(model, criterion, schedule=kc.Schedule(factors=2, inverses=4), **settings)
+    kfac = kc.KFAC(model, criterion, **{"schedule": kc.Schedule(factors=2, inverses=4), **settings})
     kfac.attach(optimizer)
     inputs, labels = torch.randn(5, 3, device=device), torch.zeros(5, dtype=torch.long, device=device)
     counts = []
@@ -121,6 +121,12 @@ def test_a_refresh_reads_twice_at_most(setting):
     """Once the flags of captures, once the status of factorisations; eigh, which has no status, is exempt by name."""
     counts = steps(classifier(), nn.CrossEntropyLoss(), number=5, **SETTINGS[setting])[4]
     assert counts.total() - counts["_linalg_check_errors"] <= 2
+
+
+def test_a_step_that_refreshes_and_solves_reads_twice_at_most():
+    schedule = kc.Schedule(factors=1, inverses=1)
+    counts = steps(classifier(), nn.CrossEntropyLoss(), number=3, schedule=schedule)[2]
+    assert counts.total() <= 2
 
 
 def test_the_counter_counts():

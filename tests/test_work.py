@@ -122,6 +122,25 @@ def test_a_step_between_captures_adds_two_products_a_layer(case) -> None:
     )
 
 
+def test_a_step_that_refreshes_every_time_solves_in_place_of_inverting(case) -> None:
+    model, x = case
+    training = Training(model, x, kfac=True, schedule=kc.Schedule(factors=100, inverses=1))
+    training.step()
+    plain = Training(model, x, kfac=False)
+    with Passes() as without:
+        plain.step()
+    inverted: list[torch.Size] = []
+    original = torch.cholesky_inverse
+    with pytest.MonkeyPatch.context() as patch, Passes() as passes:
+        patch.setattr(torch, "cholesky_inverse", lambda m, **kept: inverted.append(m.shape) or original(m, **kept))
+        training.step()
+    # Two triangles on each side have the operations of one product.
+    shapes = [layer.layout.matrix_shape for layer in training.kfac.layers.values()]
+    assert passes.solves == [shape for shape in shapes for _ in range(4)]
+    assert len(passes.products) == len(without.products)
+    assert inverted == []
+
+
 def test_a_capture_in_training_reuses_the_forward(case) -> None:
     model, x = case
     forward = counted(lambda: model(x))

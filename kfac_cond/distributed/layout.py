@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -162,6 +162,9 @@ class Layout:
     @classmethod
     def of(cls, layers: Mapping[str, Layer], grid: Grid, costing: Costing, *, every: int) -> Layout:
         """With owners by cost."""
+        if grid.world > 1:
+            # Inverses are what ranks are sent.
+            costing = replace(costing, uses=None)
         return cls(layers, grid, owners(layers, grid, costing, every=every), costing)
 
     @property

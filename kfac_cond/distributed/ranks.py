@@ -195,7 +195,7 @@ class Ranks:
         self._damped_by(rule)
         # One of another rule stayed as it was, as after a resume with another damping.
         types = {name: inverse_type(self.layout.layers[name], rule) for name in names}
-        fresh = [name for name, kind in types.items() if name not in mine or isinstance(mine[name], kind)]
+        fresh = [name for name, kind in types.items() if name not in mine or type(mine[name]) is kind]
         return self._received(self.layout.handed_on(fresh, self.grid.column(self.rank)), mine, bases)
 
     def bases(self, names: Sequence[str], mine: Mapping[str, Bases]) -> dict[str, Bases]:

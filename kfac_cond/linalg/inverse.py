@@ -1,8 +1,12 @@
-"""Damped inverses by Cholesky, or entry by entry, batched over equal sizes, with a ladder for those that fail."""
+"""Damped inverses by Cholesky, or entry by entry, batched over equal sizes, with a ladder for those that fail.
+
+Where an inverse serves for a few products only, its Cholesky factor serves as well, by triangular solves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +17,7 @@ from .moments import trace
 from .products import symmetrise
 from .sides import Diagonal, Side, identity_like
 
-__all__ = ["Rung", "attempted_inverses", "damped_inverses"]
+__all__ = ["Rung", "attempted_factors", "attempted_inverses", "damped_inverses", "inverted", "solves"]
 
 MORE_DAMPING = (10.0, 100.0)
 """Multiples of max(damping, eps tr / d) that the second rung tries."""
@@ -21,6 +25,24 @@ MORE_DAMPING = (10.0, 100.0)
 CROWDED = {"cpu": 128}
 """Sizes whose multiples make a factorisation slow, by type of device: the numbers of a column fall into few places of a
 cache that goes by address, and push each other out."""
+
+SOLVES = {"cpu": 2}
+"""The most products for which solving with a factor takes less time than an inverse and its products, by type of
+device; none elsewhere, where a triangle is solved with row by row. It is 5 for squares of 1,024 on one thread, and more
+for smaller sides and for those with few columns."""
+
+Made = tuple[Sequence[Side], Tensor]
+"""What was made of matrices of one size and storage, and a flag for each."""
+
+
+def solves(device: torch.device, uses: int | None) -> bool:
+    """Whether factors are solved with on a device, in place of products with inverses.
+
+    Args:
+        device: of the matrices.
+        uses: products that each serves for; None where it is not known.
+    """
+    return uses is not None and uses <= SOLVES.get(device.type, 0)
 
 
 def damped_inverses(
@@ -78,13 +100,36 @@ def attempted_inverses(matrices: Sequence[Side], dampings: Sequence[Tensor]) -> 
     Returns:
         (inverses, flags): a 0-d bool for each, False where its inverse is not to be used.
     """
-    inverses: dict[int, Side] = {}
+    return _attempted(partial(_inverses, dtype=None), matrices, dampings)
+
+
+def attempted_factors(matrices: Sequence[Side], dampings: Sequence[Tensor]) -> tuple[list[Side], list[Tensor]]:
+    """The upper triangular R of M + damping I = R^T R, of a diagonal M the inverse; nothing is read on the host.
+
+    Arguments as for ``damped_inverses``.
+
+    Returns:
+        (factors, flags): a 0-d bool for each, False where its factor is not to be used.
+    """
+    return _attempted(_factors, matrices, dampings)
+
+
+def inverted(factor: Side) -> Side:
+    """(R^T R)^-1 of an upper triangular R [..., d, d]; of a diagonal, which is one already, itself."""
+    return factor if isinstance(factor, Diagonal) else torch.cholesky_inverse(factor, upper=True)
+
+
+def _attempted(
+    make: Callable[[Sequence[Side], Sequence[Tensor]], Made], matrices: Sequence[Side], dampings: Sequence[Tensor]
+) -> tuple[list[Side], list[Tensor]]:
+    """What is made of each matrix, those of one size together, and its flag."""
+    found: dict[int, Side] = {}
     flags: dict[int, Tensor] = {}
     for group in size_groups(matrices, range(len(matrices))):
-        batch, succeeded = _inverses([matrices[i] for i in group], [dampings[i] for i in group], dtype=None)
-        inverses.update(zip(group, batch, strict=True))
+        batch, succeeded = make([matrices[i] for i in group], [dampings[i] for i in group])
+        found.update(zip(group, batch, strict=True))
         flags.update(zip(group, succeeded.unbind(), strict=True))
-    return [inverses[i] for i in range(len(matrices))], [flags[i] for i in range(len(matrices))]
+    return [found[i] for i in range(len(matrices))], [flags[i] for i in range(len(matrices))]
 
 
 def _try(
@@ -104,13 +149,24 @@ def _try(
     return {index: inverse for (index, inverse), ok in zip(results.items(), status, strict=True) if ok}
 
 
-def _inverses(
-    matrices: Sequence[Side], dampings: Sequence[Tensor], *, dtype: torch.dtype | None
-) -> tuple[Sequence[Side], Tensor]:
+def _inverses(matrices: Sequence[Side], dampings: Sequence[Tensor], *, dtype: torch.dtype | None) -> Made:
     """Inverses of matrices of one size and storage, and a flag for each: positive definite, and finite."""
     if isinstance(matrices[0], Diagonal):
         return _reciprocals(cast("Sequence[Diagonal]", matrices), dampings, dtype=dtype)
     return _cholesky_inverses(cast("Sequence[Tensor]", matrices), dampings, dtype=dtype)
+
+
+def _factors(matrices: Sequence[Side], dampings: Sequence[Tensor]) -> Made:
+    """``attempted_factors`` of matrices of one size and storage."""
+    if isinstance(matrices[0], Diagonal):
+        return _reciprocals(cast("Sequence[Diagonal]", matrices), dampings, dtype=None)
+    tensors = cast("Sequence[Tensor]", matrices)
+    batch, positive = _factorised(tensors, dampings, dtype=tensors[0].dtype)
+    factors = [_own(part, like) for part, like in zip(_parts(batch, tensors), tensors, strict=True)]
+    # The diagonal of the inverse is no smaller than these.
+    squares = [factor.diagonal(dim1=-2, dim2=-1).square() for factor in factors]
+    finite = [torch.isfinite(one.reciprocal()).all() for one in squares]
+    return factors, torch.stack(finite) & positive
 
 
 def _reciprocals(
@@ -132,36 +188,52 @@ def _cholesky_inverses(
 ) -> tuple[list[Tensor], Tensor]:
     """Inverses of matrices of one size, and a flag for each: factorised, and finite.
 
-    Factor and inverses take the place of the copy of the matrices that they are made of.
+    The inverses take the place of the factors.
     """
-    counts = [matrix.shape[:-2].numel() for matrix in matrices]
+    batch, positive = _factorised(matrices, dampings, dtype=dtype or matrices[0].dtype)
+    torch.cholesky_inverse(batch.mT, out=batch.mT)
+    # LAPACK computes one triangle, of which torch makes the other; elsewhere they differ in the last bits.
+    parts = [part if batch.device.type == "cpu" else symmetrise(part) for part in _parts(batch, matrices)]
+    inverses = [_own(part, like).to(like.dtype) for part, like in zip(parts, matrices, strict=True)]
+    # Entries are sums of products of a triangle's columns, and those on the diagonal of their squares: none of the
+    # others is larger, or NaN alone.
+    finite = [torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all() for inverse in inverses]
+    return inverses, torch.stack(finite) & positive
+
+
+def _factorised(matrices: Sequence[Tensor], dampings: Sequence[Tensor], *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Upper triangular R with R^T R = M + damping I, one after another in a batch, and whether each M is positive.
+
+    They take the place of the copy of the matrices that they are made of.
+    """
+    counts = _counts(matrices)
     added = [damping.expand(matrix.shape[:-2]).reshape(-1) for matrix, damping in zip(matrices, dampings, strict=True)]
     d = matrices[0].shape[-1]
-    batch = _bordered(matrices, dtype or matrices[0].dtype)
+    batch = _bordered(matrices, dtype)
     batch[:, :d, :d].diagonal(dim1=-2, dim2=-1).add_(torch.cat(added).to(batch).unsqueeze(-1))
     # Transposed, since LAPACK's order of entries spares a temporary.
     factor, info = batch.mT, torch.empty(len(batch), dtype=torch.int32, device=batch.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    # A zero pivot would make the inversion raise for the whole batch; what failed is discarded below.
+    # A zero pivot would make an inversion raise for the whole batch; what failed is not used.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1.0)
-    torch.cholesky_inverse(factor, out=factor)
-    inverses = [
-        _own(part, batch).reshape(matrix.shape).to(matrix.dtype)
-        for matrix, part in zip(matrices, torch.split(batch[:, :d, :d], counts), strict=True)
-    ]
-    # Entries are sums of products of a triangle's columns, and those on the diagonal of their squares: none of the
-    # others is larger, or NaN alone.
-    finite = [torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all() for inverse in inverses]
-    positive = [(part == 0).all() for part in torch.split(info, counts)]
-    return inverses, torch.stack(finite) & torch.stack(positive)
+    return batch, torch.stack([(part == 0).all() for part in torch.split(info, counts)])
 
 
-def _own(part: Tensor, batch: Tensor) -> Tensor:
-    """Inverses out of a batch, symmetric to the last bit, as a tensor that does not keep the rest alive."""
-    if batch.device.type != "cpu":
-        return symmetrise(part)
-    # LAPACK computes one triangle, of which torch makes the other.
-    return part if part.numel() == batch.numel() else part.clone(memory_format=torch.contiguous_format)
+def _counts(matrices: Sequence[Tensor]) -> list[int]:
+    """How many matrices [d, d] each tensor has."""
+    return [matrix.shape[:-2].numel() for matrix in matrices]
+
+
+def _parts(batch: Tensor, matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a batch has for each of the matrices, [k, d, d] each."""
+    d = matrices[0].shape[-1]
+    return torch.split(batch[:, :d, :d], _counts(matrices))
+
+
+def _own(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a batch in the shape of another tensor, which does not keep the rest alive."""
+    alone = part.untyped_storage().nbytes() == part.nbytes
+    return (part if alone else part.clone(memory_format=torch.contiguous_format)).reshape(like.shape)
 
 
 def _bordered(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -169,7 +241,7 @@ def _bordered(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     first = matrices[0]
     d = first.shape[-1]
     size = d + (d % CROWDED.get(first.device.type, d + 1) == 0)
-    counts = [matrix.shape[:-2].numel() for matrix in matrices]
+    counts = _counts(matrices)
     batch = torch.empty(sum(counts), size, size, dtype=dtype, device=first.device)
     for part, matrix in zip(torch.split(batch[:, :d, :d], counts), matrices, strict=True):
         part.copy_(matrix.reshape(part.shape))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from .sides import Side
+from .sides import Diagonal, Side
 
 
 def kronecker_matmul(left: Side, v: Tensor, right: Side) -> Tensor:
@@ -25,6 +26,36 @@ def kronecker_matmul(left: Side, v: Tensor, right: Side) -> Tensor:
     """
     # Either order costs o i (o + i) multiplications for square sides, so none is cheaper; left first.
     return left @ v @ right
+
+
+def kronecker_solve(left: Side, v: Tensor, right: Side) -> Tensor:
+    """(L^T L)^-1 v (R^T R)^-1 for upper triangular L and R; a side that is diagonal is an inverse already.
+
+    One tensor of the size of v is written, and solved in place.
+
+    Args:
+        left: [..., o, o].
+        v: [..., o, i].
+        right: [..., i, i].
+
+    Returns:
+        [..., o, i].
+    """
+    if isinstance(left, Diagonal):
+        found = left @ v
+    else:
+        found = v.clone()
+        _solve_in_place(left.mT, left, found, left=True)
+    if isinstance(right, Diagonal):
+        return found @ right
+    _solve_in_place(right, right.mT, found, left=False)
+    return found
+
+
+def _solve_in_place(first: Tensor, second: Tensor, v: Tensor, *, left: bool) -> None:
+    """Solve with one triangular matrix and then with its transpose; the upper one is second on the left."""
+    torch.linalg.solve_triangular(first, v, upper=not left, left=left, out=v)
+    torch.linalg.solve_triangular(second, v, upper=left, left=left, out=v)
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .base import Block
 from .bases import diagonals_in, near, refreshed, stepped
+from .cholesky import CholeskyBlock
 from .collect import COLLECTORS, Joint, LayerByLayer
 from .dense import DenseBlock
 from .diagonal import DiagonalBlock
@@ -21,6 +22,7 @@ from .unread import unread_inverses_of
 __all__ = [
     "COLLECTORS",
     "Block",
+    "CholeskyBlock",
     "DenseBlock",
     "DiagonalBlock",
     "EigenBlock",

@@ -13,10 +13,11 @@ from ..layers.layer import Layer
 from ..layers.summed import IDENTITIES, Bases, EigenSquares, GradientSquares
 from ..linalg.damping import factored_damping
 from ..linalg.eigen import Eigenbasis, eigenbases
-from ..linalg.inverse import damped_inverses
+from ..linalg.inverse import attempted_factors, damped_inverses, solves
 from ..linalg.ladder import Rung, read_status
-from ..linalg.sides import Diagonal, Side, identity_like
+from ..linalg.sides import Diagonal, Side, as_tensor, identity_like
 from .base import Block, Rule
+from .cholesky import CholeskyBlock
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock, side_of_basis
 from .kronecker import KroneckerBlock
@@ -49,6 +50,7 @@ def damped_inverses_of(
     *,
     rule: Rule,
     previous: Mapping[str, Block],
+    uses: int | None = None,
 ) -> tuple[dict[str, Block], dict[str, Rung]]:
     """(F + damping I)^-1 of each block, and the rung of the failure ladder that each ended on.
 
@@ -58,15 +60,22 @@ def damped_inverses_of(
         rule: 'factored' (Cholesky of the separately damped factors) or 'exact' (eigenbases of both); what is diagonal,
             in some basis, has its eigenvalues damped and nothing else.
         previous: the last inverses, which stand in where a factorisation fails.
+        uses: products that each inverse serves for; None where it is not known. For few the rule 'factored' keeps the
+            Cholesky factors.
 
     Returns:
         (inverses, rungs); the rung of a block is the higher one of its two factors.
     """
     products = {name: block for name, block in blocks.items() if isinstance(block, KroneckerBlock)}
-    inverses, rungs = (_factored if rule == "factored" else _exact)(products, dampings, previous)
+    made: dict[str, Block] = {}
+    if rule == "factored":
+        made = _solving({name: one for name, one in products.items() if solves(one.device, uses)}, dampings)
+    others = {name: block for name, block in products.items() if name not in made}
+    inverses, rungs = (_factored if rule == "factored" else _exact)(others, dampings, previous)
+    rungs |= dict.fromkeys(made, Rung.FIRST)
     diagonals = {name: block for name, block in blocks.items() if not isinstance(block, KroneckerBlock)}
     of_diagonals, raised = _reciprocals(diagonals, dampings)
-    found = inverses | of_diagonals
+    found = made | inverses | of_diagonals
     return {name: found[name] for name in blocks}, rungs | raised
 
 
@@ -86,14 +95,34 @@ def damped_inverse(block: EigenBlock | DiagonalBlock, damping: Tensor) -> tuple[
     return block.with_values(values.reciprocal()), raised
 
 
-def _factored(
-    blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor], previous: Mapping[str, Block]
-) -> tuple[dict[str, Block], dict[str, Rung]]:
+def damped_sides(
+    blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor]
+) -> tuple[list[Side], list[Tensor]]:
+    """A and G of each block in turn, and what is added to the diagonal of each."""
     matrices: list[Side] = []
     added: list[Tensor] = []
     for name, block in blocks.items():
         matrices += block.sides
         added += factored_damping(*block.sides, dampings[name])
+    return matrices, added
+
+
+def _solving(blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor]) -> dict[str, Block]:
+    """Inverses by their Cholesky factors, of those blocks whose sides both have one; the others are to climb."""
+    factors, flags = attempted_factors(*damped_sides(blocks, dampings))
+    usable = read_status([flag.reshape(1) for flag in flags])
+    pairs = zip(factors[::2], factors[1::2], usable[::2], usable[1::2], strict=True)
+    return {
+        name: CholeskyBlock(block.layout, as_tensor(A), as_tensor(G), name=block.name)
+        for (name, block), (A, G, *both) in zip(blocks.items(), pairs, strict=True)
+        if all(both)
+    }
+
+
+def _factored(
+    blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor], previous: Mapping[str, Block]
+) -> tuple[dict[str, Block], dict[str, Rung]]:
+    matrices, added = damped_sides(blocks, dampings)
     inverses, rungs = damped_inverses(matrices, added, [None] * len(matrices))
     ended = _higher(blocks, rungs)
     found: dict[str, Block] = {}

@@ -8,14 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..linalg.damping import factored_damping
 from ..linalg.eigen import attempted_eigenbases
 from ..linalg.inverse import attempted_inverses
-from ..linalg.sides import Side
 from .base import Block, Rule
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
-from .inverses import Trained, damped_inverse, damped_values, product_values
+from .inverses import Trained, damped_inverse, damped_sides, damped_values, product_values
 from .kronecker import KroneckerBlock
 
 #: What an inverse of each type holds.
@@ -69,12 +67,7 @@ def unread_inverses_of(
 def _factored(
     blocks: Mapping[str, KroneckerBlock], dampings: Mapping[str, Tensor]
 ) -> tuple[dict[str, Block], dict[str, Tensor]]:
-    matrices: list[Side] = []
-    added: list[Tensor] = []
-    for name, block in blocks.items():
-        matrices += block.sides
-        added += factored_damping(*block.sides, dampings[name])
-    inverses, flags = attempted_inverses(matrices, added)
+    inverses, flags = attempted_inverses(*damped_sides(blocks, dampings))
     pairs = zip(blocks.items(), inverses[::2], inverses[1::2], strict=True)
     found: dict[str, Block] = {name: block.with_sides(A, G) for (name, block), A, G in pairs}
     return found, _both(blocks, flags)

@@ -90,13 +90,13 @@ def saved_and_resumed(strategy: Any, folder: str, rank: int, world: int) -> dict
     return {"ended": ended, "resumed": resumed(strategy, strategy, folder, rank, world), "sent": len(seen)}
 
 
-def resumed(strategy: Any, saved: Any, folder: str, rank: int, world: int) -> dict[str, Tensor]:
+def resumed(strategy: Any, saved: Any, folder: str, rank: int, world: int, *, first: int = SAVED) -> dict[str, Tensor]:
     run = Run(CASES["mixed"], distributed=world > 1)
     run.kfac.distribute(kc.Plan(strategy=strategy))
     state = torch.load(Path(folder) / f"{saved}.pt", weights_only=True)
     run.model.load_state_dict(state["model"])
     run.kfac.load_state_dict(state["kfac"])
-    return train(run, range(SAVED, LAST), rank, world)
+    return train(run, range(first, LAST), rank, world)
 
 
 def failing_owner(strategy: Any, rank: int, world: int) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def failing_owner(strategy: Any, rank: int, world: int) -> dict[str, Any]:
     run.kfac.distribute(kc.Plan(strategy=strategy))
     plain = factors.damped_inverses_of
 
-    def failing(blocks: Any, dampings: Any, *, rule: Any, previous: Any) -> Any:
-        inverses, rungs = plain(blocks, dampings, rule=rule, previous=previous)
+    def failing(blocks: Any, dampings: Any, *, previous: Any, **kept: Any) -> Any:
+        inverses, rungs = plain(blocks, dampings, previous=previous, **kept)
         if "out" in previous and "out" in inverses:
             inverses["out"], rungs["out"] = previous["out"], Rung.PREVIOUS
         return inverses, rungs
@@ -215,6 +215,7 @@ def work(rank: int, world: int, folder: str) -> dict[str, Any]:
             found[f"traffic {case} {strategy}"] = traffic(case, strategy, rank, world)
         if world == 2:
             found[f"state {strategy}"] = saved_and_resumed(strategy, folder, rank, world)
+            found[f"state {strategy} one"] = resumed(strategy, "one", folder, rank, world, first=1)
             found[f"failing {strategy}"] = failing_owner(strategy, rank, world)
             found[f"ragged {strategy}"] = ragged(strategy, pieces(shards(2)[rank], 1 + rank))
             found[f"stopped {strategy}"] = stopped_owner(strategy, rank, world)
@@ -235,9 +236,22 @@ def folder() -> str:
 
 
 @cache
+def one_process() -> dict[str, Tensor]:
+    """A run by itself, which saves what two ranks go on from between two refreshes."""
+    run = Run(CASES["mixed"], distributed=False)
+    for number in range(LAST):
+        run.step(number, [slice(0, cases.N)], world=1)
+        if number == 0:
+            torch.save({"kfac": run.kfac.state_dict(), "model": run.model.state_dict()}, Path(folder()) / "one.pt")
+    return {name: p.detach() for name, p in run.model.named_parameters()}
+
+
+@cache
 def results(world: int) -> list[dict[str, Any]]:
     if world == 4:
         results(2)  # which saves what four go on from
+    else:
+        one_process()
     return run(work, world, folder())
 
 
@@ -274,6 +288,17 @@ def test_a_state_of_two_ranks_goes_on_in_one_process(strategy):
         run.step(number, [slice(0, cases.N)], world=1)
     for name, parameter in run.model.named_parameters():
         assert_same(parameter.detach(), ended[name], tolerance=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[2])
+def test_a_state_of_one_process_goes_on_on_two_ranks(strategy):
+    """It solves with factors, and ranks send each other inverses."""
+    ended = one_process()
+    state = dict(torch.load(Path(folder()) / "one.pt", weights_only=True)["kfac"]["layers"])
+    assert "CholeskyBlock" in {one["inverse"]["structure"] for one in state.values()}
+    for result in results(2):
+        for name, parameter in result[f"state {strategy} one"].items():
+            assert_same(parameter, ended[name], tolerance=1e-12)
 
 
 @pytest.mark.slow

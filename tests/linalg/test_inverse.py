@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from kfac_cond.linalg import ladder
-from kfac_cond.linalg.inverse import CROWDED, Rung, damped_inverses
+from kfac_cond.linalg.inverse import (
+    CROWDED,
+    Rung,
+    attempted_factors,
+    attempted_inverses,
+    damped_inverses,
+    inverted,
+    solves,
+)
+from kfac_cond.linalg.sides import Diagonal
 
 from ..passes import Passes
 
@@ -224,3 +233,66 @@ def test_lengths_must_agree(spd) -> None:
 def test_read_status_keeps_the_order() -> None:
     flags = [torch.tensor([True, False]), torch.tensor([True])]
     assert ladder.read_status(flags) == [True, False, True]
+
+
+# -- factors alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_a_factor_times_itself_is_the_damped_matrix(spd, index: int) -> None:
+    matrices = [spd(*shape) for shape in SHAPES]
+    dampings = [number(0.1 * (i + 1)) for i in range(len(SHAPES))]
+    factors, flags = attempted_factors(matrices, dampings)
+    R, d = factors[index], SHAPES[index][-1]
+    expected = matrices[index] + dampings[index] * torch.eye(d, dtype=torch.float64)
+    torch.testing.assert_close(R.mT @ R, expected, rtol=0, atol=1e-12)
+    assert torch.equal(R, R.triu())
+    assert all(flags)
+
+
+def test_the_factor_of_a_crowded_size_is_a_tensor_of_its_own(spd) -> None:
+    d = CROWDED["cpu"]
+    matrix = spd(d)
+    (R,), _ = attempted_factors([matrix], [number(0.3)])
+    torch.testing.assert_close(R.mT @ R, matrix + 0.3 * torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert R.is_contiguous()
+    assert R.untyped_storage().nbytes() == d * d * 8
+
+
+def test_an_inverted_factor_is_the_inverse(spd) -> None:
+    matrix, values = spd(2, 4, 4), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    (R, diagonal), _ = attempted_factors([matrix, Diagonal(values)], [number(0.2)] * 2)
+    torch.testing.assert_close(inverted(R), reference(matrix, 0.2), rtol=0, atol=1e-10)
+    torch.testing.assert_close(inverted(diagonal).values, 1 / (values + 0.2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bad", "at"), [("nan", (0, 0)), ("nan", (2, 1)), ("nan", (4, 3)), ("inf", (2, 1))])
+def test_a_factor_that_is_not_to_be_used_is_flagged(spd, bad: str, at: tuple[int, int]) -> None:
+    matrix = spd(5)
+    matrix[at] = matrix[at[::-1]] = float(bad)
+    indefinite = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
+    _, flags = attempted_factors([matrix, indefinite, spd(5)], [number(0.1)] * 3)
+    assert [bool(flag) for flag in flags] == [False, False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-39])
+def test_a_factor_is_flagged_where_the_inverse_overflows(scale: float) -> None:
+    matrices, dampings = [torch.eye(2, dtype=torch.float32) * scale], [number(0.0)]
+    _, expected = attempted_inverses(matrices, dampings)
+    _, flags = attempted_factors(matrices, dampings)
+    assert flags == expected
+
+
+def test_factors_read_nothing_and_take_the_place_of_one_copy(spd, reads) -> None:
+    d = 300
+    matrix = spd(d)
+    with reads, Passes(least=d * d) as passes:
+        attempted_factors([matrix], [number(1.0)])
+    assert reads.names == []
+    assert passes.written == d * d
+
+
+@pytest.mark.parametrize(("uses", "expected"), [(1, True), (2, True), (3, False), (None, False)])
+def test_solves_are_for_few_products(uses: int | None, expected: bool) -> None:
+    assert solves(torch.device("cpu"), uses) == expected
+    assert not solves(torch.device("cuda"), uses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from kfac_cond.layers.layout import WeightLayout
 from kfac_cond.linalg.ladder import Rung
-from kfac_cond.structures import KroneckerBlock, damped_inverses_of
+from kfac_cond.structures import CholeskyBlock, KroneckerBlock, damped_inverses_of, unread_inverses_of
+
+from ..linalg.conftest import ReadCounter
 
 RULES = ["factored", "exact"]
 #: Layouts with the sides that are diagonals.
@@ -143,3 +146,85 @@ def test_a_long_diagonal_does_not_raise_what_its_damping_covers() -> None:
     inverses, rungs = damped_inverses_of({"fc": block}, {"fc": damping}, rule="exact", previous={})
     torch.testing.assert_close(inverses["fc"].values[0, 1:], torch.full((d - 1,), 1e3), check_dtype=False)
     assert rungs["fc"] == Rung.FIRST
+
+
+# -- by their Cholesky factors -----------------------------------------------------------------------------------------
+
+
+def test_what_serves_once_is_solved_with_and_is_the_inverse(blocks: Any, dampings: Any) -> None:
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule="factored", previous={})
+    solving, of_solving = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    assert {type(one) for one in solving.values()} == {CholeskyBlock}
+    assert of_solving == rungs
+    for name, one in solving.items():
+        v = torch.randn(blocks[name].layout.matrix_shape, dtype=torch.float64)
+        torch.testing.assert_close(one.matvec(v), inverses[name].matvec(v), **close)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("uses", [None, 100])
+def test_what_serves_often_is_inverted(blocks: Any, dampings: Any, rule: Any, uses: int | None) -> None:
+    inverses, _ = damped_inverses_of(blocks, dampings, rule=rule, previous={}, uses=uses)
+    assert CholeskyBlock not in {type(one) for one in inverses.values()}
+
+
+def test_every_verb_of_a_solving_block_is_that_of_the_inverse(blocks: Any, dampings: Any) -> None:
+    inverses, _ = damped_inverses_of(blocks, dampings, rule="factored", previous={})
+    solving, _ = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    for name, one in solving.items():
+        expected = inverses[name]
+        for verb in ("to_dense", "trace", "logdet", "frobenius_norm", "diagonal", "eigenvalues"):
+            torch.testing.assert_close(getattr(one, verb)(), getattr(expected, verb)(), **close)
+        for verb in ("sqrt", "inverse", "inverse_sqrt"):
+            torch.testing.assert_close(getattr(one, verb)().to_dense(), getattr(expected, verb)().to_dense(), **close)
+        torch.testing.assert_close((3 * one).to_dense(), 3 * expected.to_dense(), **close)
+        assert one.diagonal_sides == expected.diagonal_sides
+
+
+def test_a_solving_block_in_another_dtype_solves(blocks: Any, dampings: Any) -> None:
+    solving, _ = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    block = solving["linear"]
+    v = torch.randn(block.layout.matrix_shape)
+    torch.testing.assert_close(block.to(torch.float32).matvec(v), block.matvec(v.double()).float())
+    assert isinstance(block.to(torch.float32), CholeskyBlock)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("damping", [0.1, 1e3])
+@pytest.mark.parametrize("side", ["A", "G"])
+def test_what_cannot_be_factorised_climbs_as_an_inverse_does(
+    blocks: Any, dampings: Any, name: str, side: str, damping: float
+) -> None:
+    """Indefinite; with the damping it succeeds, with more of it, or never."""
+    blocks[name] = replace(blocks[name], **{side: -getattr(blocks[name], side)})
+    dampings[name] = torch.tensor(damping, dtype=torch.float64)
+    inverses, rungs = damped_inverses_of(blocks, dampings, rule="factored", previous={})
+    found, of_found = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    assert of_found == rungs
+    assert (type(found[name]) is KroneckerBlock) == (rungs[name] != Rung.FIRST)
+    torch.testing.assert_close(found[name].to_dense(), inverses[name].to_dense(), **close)
+    others = {type(one) for key, one in found.items() if key != name}
+    assert others == {CholeskyBlock}
+
+
+def test_a_layer_that_fails_keeps_the_factors_it_had(blocks: Any, dampings: Any) -> None:
+    previous, _ = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    blocks["linear"] = broken(blocks["linear"])
+    found, rungs = damped_inverses_of(blocks, dampings, rule="factored", previous=previous, uses=1)
+    assert found["linear"] is previous["linear"]
+    assert rungs["linear"] == Rung.PREVIOUS
+
+
+def test_factors_serve_on_where_nothing_is_looked_at(blocks: Any, dampings: Any) -> None:
+    """As after a resume with another schedule: until the next refresh of all."""
+    previous, _ = damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    found, failed = unread_inverses_of(blocks, dampings, rule="factored", previous=previous)
+    assert found == previous
+    assert all(failed.values())
+
+
+def test_the_status_of_all_factors_is_read_once(blocks: Any, dampings: Any) -> None:
+    counter = ReadCounter()
+    with counter:
+        damped_inverses_of(blocks, dampings, rule="factored", previous={}, uses=1)
+    assert counter.names == ["tolist"]
