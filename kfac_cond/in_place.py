@@ -87,7 +87,8 @@ def _place(layer: Layer, gradients: Mapping[str, Tensor], shared: Shared) -> Pla
         return None
     weight, bias = gradients[layout.weight], None if layout.bias is None else gradients[layout.bias]
     inverse = shared.factors.inverse_of(layer.name, weight)
-    if not isinstance(inverse, KroneckerBlock) or inverse.diagonal_sides:
+    # One that is solved with has no inverses of its sides at hand.
+    if type(inverse) is not KroneckerBlock or inverse.diagonal_sides:
         return None
     # What does not fit is refused by the block's own product.
     if inverse.layout != layout or inverse.dtype != weight.dtype:

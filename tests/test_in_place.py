@@ -84,6 +84,14 @@ def test_other_layers_go_the_plain_way(name: str) -> None:
     assert not any(torch.equal(one, before[key]) for key, one in held(model).items())
 
 
+def test_inverses_that_are_solved_with_go_the_plain_way() -> None:
+    model, kfac = trained("perceptron", schedule=kc.Schedule(factors=1, inverses=1))
+    assert not found(kfac)
+    before = {key: one.clone() for key, one in held(model).items()}
+    kfac.precondition()
+    assert not any(torch.equal(one, before[key]) for key, one in held(model).items())
+
+
 @pytest.mark.parametrize("what", ["missing", "strided", "half", "subclass"])
 def test_other_gradients_go_the_plain_way(what: str) -> None:
     model, kfac = trained("perceptron")
