@@ -27,9 +27,9 @@ CROWDED = {"cpu": 128}
 cache that goes by address, and push each other out."""
 
 SOLVES = {"cpu": 2}
-"""The most products for which solving with a factor takes less time than an inverse and its products, by type of
-device; none elsewhere, where a triangle is solved with row by row. It is 5 for squares of 1,024 on one thread, and more
-for smaller sides and for those with few columns."""
+"""For so many products at most a factor is solved with in place of an inverse, by type of device; for none elsewhere,
+where a triangle is solved with row by row. For squares of 1,024 on one thread five products take what was saved, for
+smaller sides and few columns more; a whole step gains too little from four on."""
 
 Made = tuple[Sequence[Side], Tensor]
 """What was made of matrices of one size and storage, and a flag for each."""
