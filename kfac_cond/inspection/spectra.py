@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import ceil, inf, log
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -64,6 +63,7 @@ class Spectrum:
     counts: Floats
     smallest: float
     round_off: float
+    negative: float = 0.0
     A: Floats | None = None
     G: Floats | None = None
     dead_inputs: tuple[int, ...] = ()
@@ -246,14 +246,15 @@ def spectrum_of(block: Block) -> Spectrum:
     _require_finite(block)
     of_A = of_G = None
     if isinstance(block, KroneckerBlock):
-        of_A, of_G = (_eigenvalues_of(side) for side in block.sides)
+        raw = [_eigenvalues_of(side) for side in block.sides]
+        of_A, of_G = (np.maximum(one, 0.0) for one in raw)
         chunks, largest, size = _products(of_A, of_G), float((of_A.max(-1) * of_G.max(-1)).max()), block.layout.numel
     else:
         if isinstance(block, EigenBlock) and block.values_A is not None and block.values_G is not None:
             of_A, of_G = _host(block.values_A), _host(block.values_G)
-        # Only what is decomposed here gains by more digits than it is stored in.
-        values = _host((_in_double(block) if isinstance(block, StackedBlock) else block).eigenvalues())
-        chunks, largest, size = iter([values]), float(values.max()), values.size
+        raw = [_eigenvalues_of(block._stack) if isinstance(block, StackedBlock) else _host(block.eigenvalues())]
+        every = np.maximum(raw[0], 0.0).ravel()
+        chunks, largest, size = iter([every]), float(every.max()), every.size
     values, counts, smallest = _gathered(chunks, largest, one_by_one=size <= EXACT)
     inputs, outputs = _dead(block)
     return Spectrum(
@@ -262,6 +263,7 @@ def spectrum_of(block: Block) -> Spectrum:
         counts,
         smallest,
         max(block.layout.matrix_shape[-2:]) * torch.finfo(block.dtype).eps,
+        max(_over(float(np.maximum(-one, 0.0).sum()), float(np.abs(one).sum())) for one in raw),
         None if of_A is None else _descending(of_A),
         None if of_G is None else _descending(of_G),
         inputs,
@@ -343,21 +345,10 @@ def _dead(block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _eigenvalues_of(side: Side) -> Floats:
-    """The eigenvalues of each matrix, [..., d], none negative: a moment has no negative ones, its round-off has."""
+    """The eigenvalues of each matrix, [..., d], in float64, where the matrix is if that can be."""
     tensor = as_tensor(side)
-    values = _in_double(tensor)
-    if not isinstance(side, Diagonal):
-        values = torch.linalg.eigvalsh(values)
-    return _host(values.clamp(min=0))
-
-
-Held = TypeVar("Held", Tensor, Block)
-
-
-def _in_double(held: Held) -> Held:
-    """In float64, where it is if that can be."""
-    there = held if has_float64(held.device) else held.to("cpu")
-    return there.to(torch.float64)
+    there = (tensor if has_float64(tensor.device) else tensor.to("cpu")).to(torch.float64)
+    return _host(there if isinstance(side, Diagonal) else torch.linalg.eigvalsh(there))
 
 
 def _host(values: Tensor) -> Floats:
