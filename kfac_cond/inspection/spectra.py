@@ -249,16 +249,21 @@ def spectrum_of(block: Block) -> Spectrum:
     """
     _require_finite(block)
     of_A = of_G = None
-    share = _round_off(block)
+    share = _round_off(max(block.layout.matrix_shape[-2:]), block.dtype)
     if isinstance(block, KroneckerBlock):
         raw = [_eigenvalues_of(side) for side in block.sides]
-        of_A, of_G = (_cleared(one, share) for one in raw)
+        shares = [
+            0.0 if isinstance(side, Diagonal) else _round_off(side.shape[-1], block.dtype) for side in block.sides
+        ]
+        of_A, of_G = map(_cleared, raw, shares)
         chunks, largest, size = _products(of_A, of_G), float((of_A.max(-1) * of_G.max(-1)).max()), block.layout.numel
     else:
         if isinstance(block, EigenBlock) and block.values_A is not None and block.values_G is not None:
-            of_A, of_G = (_cleared(_host(one), sqrt(share)) for one in (block.values_A, block.values_G))
+            of_A, of_G = (_cleared(_host(one), share) for one in (block.values_A, block.values_G))
+        stacked = isinstance(block, StackedBlock)
         raw = [_eigenvalues_of(block._stack) if isinstance(block, StackedBlock) else _host(block.eigenvalues())]
-        every = _cleared(raw[0], share).ravel()
+        # Squares in a basis have the square of its round-off; it is off by more than the matrix that it came from.
+        every = _cleared(raw[0], _round_off(raw[0].shape[-1], block.dtype) if stacked else (2 * share) ** 2).ravel()
         chunks, largest, size = iter([every]), float(every.max()), every.size
     values, counts, smallest = _gathered(chunks, largest, one_by_one=size <= EXACT)
     inputs, outputs = _dead(block)
@@ -276,11 +281,9 @@ def spectrum_of(block: Block) -> Spectrum:
     )
 
 
-def _round_off(block: Block) -> float:
-    """The share of the largest eigenvalue that is round-off, see ``Spectrum``; of squares in a basis its square."""
-    side = block._stack.shape[-1] if isinstance(block, StackedBlock) else max(block.layout.matrix_shape[-2:])
-    share = 2 * sqrt(side) * torch.finfo(block.dtype).eps
-    return share if isinstance(block, KroneckerBlock | StackedBlock) else share**2
+def _round_off(size: int, dtype: torch.dtype) -> float:
+    """The share of the largest eigenvalue that is round-off; see ``Spectrum``."""
+    return 2 * sqrt(size) * torch.finfo(dtype).eps
 
 
 def _cleared(values: Floats, share: float) -> Floats:
