@@ -27,6 +27,7 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
+from .inspection import Finding, Report, inspect
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -96,6 +97,7 @@ __all__ = [
     "Direction",
     "EigenBlock",
     "FactorDamping",
+    "Finding",
     "Fisher",
     "FromDistribution",
     "Gamma",
@@ -131,6 +133,7 @@ __all__ = [
     "Product",
     "QuadraticModel",
     "RankError",
+    "Report",
     "SamplingError",
     "Schedule",
     "StateError",
@@ -144,6 +147,7 @@ __all__ = [
     "estimate",
     "gram",
     "implicit",
+    "inspect",
     "load_checkpoint",
     "low_rank",
     "register_layer",

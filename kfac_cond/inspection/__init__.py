@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .findings import Finding
+from .inspect import inspect
 from .report import Calibration, Cost, Counts, LayerReport, Numerics, Report, Whole
 from .spectra import Spectrum, spectrum_of
 
@@ -16,5 +17,6 @@ __all__ = [
     "Report",
     "Spectrum",
     "Whole",
+    "inspect",
     "spectrum_of",
 ]
