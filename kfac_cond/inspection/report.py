@@ -220,6 +220,7 @@ class Whole:
         kl: predicted against measured divergence.
         sampling: check of the drawn labels themselves.
         block_diagonality: share of the Fisher outside the layers' blocks.
+        signal: gradient signal to noise of all layers together.
     """
 
     parameters: int
@@ -231,6 +232,7 @@ class Whole:
     kl: Any = None
     sampling: Any = None
     block_diagonality: Any = None
+    signal: Any = None
 
 
 class Report(Mapping[str, LayerReport]):

@@ -17,6 +17,19 @@ Level = Literal["quick", "standard", "full"]
 LEVELS = ("quick", "standard", "full")
 
 
+@dataclass(frozen=True)
+class Size:
+    """What the cost of a section depends on.
+
+    Args:
+        layers: of the report.
+        samples: label draws a term.
+    """
+
+    layers: int
+    samples: int
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """What a section is made from.
@@ -53,14 +66,14 @@ class Section:
     Args:
         name: of its field of ``LayerReport``.
         level: the lowest that has it.
-        passes: over the data, a forward and a backward each, for so many label draws.
+        passes: over the data that it takes, a forward and a backward each.
         measure: makes it.
         whole: the name of its field of ``Whole``, where it says something of that; empty for the same name.
     """
 
     name: str
     level: Level
-    passes: Callable[[int], float]
+    passes: Callable[[Size], float]
     measure: Callable[[Job], Found]
     whole: str = ""
 

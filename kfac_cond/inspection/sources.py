@@ -57,6 +57,7 @@ class Source:
         fisher: makes or finds the Fisher of the layers asked for.
         passes: over the data that this takes.
         known: looks at the model, once the Fisher is there.
+        layers: how many of them are asked for, as far as the model says; 0 where there is none.
         model: None where only its Fisher is there.
         likelihood: likewise.
         damping: that it trains with; None where it does not.
@@ -67,6 +68,7 @@ class Source:
     fisher: Callable[[], Fisher]
     passes: float
     known: Callable[[Fisher], Known]
+    layers: int = 0
     model: nn.Module | None = None
     likelihood: Distribution | str | nn.Module | None = None
     damping: float | None = None
@@ -137,6 +139,7 @@ def _of_model(
         made,
         passes_of_estimate(samples),
         lambda fisher: _looked_at(model, data.first, asked, fisher),
+        layers=_number(found.layers, asked),
         model=model,
         likelihood=likelihood,
     )
@@ -160,6 +163,7 @@ def _of_kfac(kfac: Any, likelihood: Distribution | str | nn.Module | None, layer
         lambda: _chosen(kfac.fisher(), layers),
         0.0,
         known,
+        layers=_number(kfac.layers, layers),
         model=kfac._wrapped.model,
         likelihood=kfac._intake.listener.likelihood if likelihood is None else likelihood,
         damping=float(kfac.damping.at(kfac.step)),
@@ -179,6 +183,10 @@ def _looked_at(model: nn.Module, batch: Any, asked: Patterns, fisher: Fisher) ->
     forms = {name: (row.form, row.reason) for name, row in firsts.items()}
     without = _without(found.layers, asked, fisher)
     return Known(found.layers, forms, used, covered / every if every else None, without=without)
+
+
+def _number(layers: Mapping[str, Layer], asked: Patterns) -> int:
+    return sum(_reaches(asked, name, layer.layout) for name, layer in layers.items())
 
 
 def _unknown(fisher: Fisher) -> Known:

@@ -240,7 +240,7 @@ def section(name: str, level: str = "standard", passes: float = 2.0, **fails: Ex
         number = float(sum(len(x) for x in job.data))
         return Found(job.damping), {layer: Found(number) for layer in job.fisher}
 
-    return Section(name, level, lambda samples: passes * samples, measure, "kl")
+    return Section(name, level, lambda size: passes * size.samples * size.layers / 2, measure, "kl")
 
 
 def test_the_cost_is_said_before_anything_runs(
