@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 import kfac_cond as kc
+from kfac_cond.inspection import Calibration, LayerReport, Report, Whole, spectrum_of
 
 LAMBDAS = np.logspace(-8, 2, 61)
 HOSTILE = (
@@ -145,3 +147,19 @@ def found(names: Sequence[str]) -> list[dict[str, Any]]:
             ("error", names[0], "kl", "the measured KL is twice the predicted", 2.0, 1.2, "look at the reduction"),
         )
     ]
+
+
+def real_report(damping: float | None = 3e-3) -> Report:
+    """A report of a small trained network, of its spectra alone."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    fisher = kc.estimate(model, [torch.randn(64, 6)], "categorical", kind="exact")
+    spectra = {name: spectrum_of(block) for name, block in fisher.items()}
+    layers = {
+        name: LayerReport(name, "linear", block.layout.matrix_shape, block.layout.numel, depth, spectrum=spectra[name])
+        for depth, (name, block) in enumerate(fisher.items())
+    }
+    grid = tuple(LAMBDAS)
+    curve = tuple(sum(one.effective_dimension(at) for one in spectra.values()) for at in grid)
+    calibration = Calibration(grid, curve, grid, sum(one.rank for one in spectra.values()), 1e-3, 1e-4, None)
+    whole = Whole(fisher.shape[0], trace=float(fisher.trace()), calibration=calibration)
+    return Report(layers, whole, meta={"level": "quick", **fisher.meta}, damping=damping, fisher=fisher)
