@@ -27,6 +27,7 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
+from .inspection import Comparison, compare, plots
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -87,6 +88,7 @@ __all__ = [
     "Block",
     "CaptureError",
     "Categorical",
+    "Comparison",
     "Coverage",
     "CoverageError",
     "Damping",
@@ -139,6 +141,7 @@ __all__ = [
     "Tempered",
     "UnitWiseBlock",
     "VonMises",
+    "compare",
     "coverage",
     "detach",
     "estimate",
@@ -146,6 +149,7 @@ __all__ = [
     "implicit",
     "load_checkpoint",
     "low_rank",
+    "plots",
     "register_layer",
     "save_checkpoint",
     "unregister_layer",

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import __version__
+from .compare_command import add_compare
 
 #: What the demo imports besides the library, and the name each is installed by.
 DEMO_REQUIRES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kfac-cond {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_compare(commands)
     return parser
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from . import plots
+from .compare import Comparison, compare
 from .findings import Finding
 from .report import Calibration, Cost, Counts, LayerReport, Numerics, Report, Whole
 from .spectra import Spectrum, spectrum_of
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Cost",
     "Counts",
     "Finding",
@@ -16,5 +19,7 @@ __all__ = [
     "Report",
     "Spectrum",
     "Whole",
+    "compare",
+    "plots",
     "spectrum_of",
 ]

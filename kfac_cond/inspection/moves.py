@@ -75,9 +75,7 @@ def change_of(mine: Block, theirs: Block, before: Mapping[str, Tensor], after: M
     """
     start, end = (_matrix(mine, weights, which) for weights, which in ((before, "first"), (after, "second")))
     moved = end - start
-    return WeightChange._of(
-        float(start.norm()), float(moved.norm()), float(mine.kl(moved)), float(theirs.kl(moved))
-    )
+    return WeightChange._of(float(start.norm()), float(moved.norm()), float(mine.kl(moved)), float(theirs.kl(moved)))
 
 
 def _matrix(block: Block, weights: Mapping[str, Tensor], which: str) -> Tensor:

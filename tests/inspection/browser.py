@@ -90,7 +90,11 @@ class Browser:
         height = self.run("window.scrollTo(0, 0); return document.body.scrollHeight")
         width = self.run("return window.innerWidth")
         self.command(
-            "Emulation.setDeviceMetricsOverride", width=width, height=min(height, 9000), deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=min(height, 9000),
+            deviceScaleFactor=1,
+            mobile=False,
         )
         self.driver.save_screenshot(str(path))
 

@@ -118,7 +118,13 @@ def made_up(
         layers.append(layer)
     data = {
         "version": 1,
-        "meta": {"model": "MadeUp", "level": "standard", "likelihood": "categorical", "samples": 4, "counts": {"N": 64}},
+        "meta": {
+            "model": "MadeUp",
+            "level": "standard",
+            "likelihood": "categorical",
+            "samples": 4,
+            "counts": {"N": 64},
+        },
         "damping": float(LAMBDAS[36]),
         "lambdas": list(LAMBDAS),
         "whole": {"parameters": sum(one["parameters"] for one in layers), "trace": 3.25, "effective_dimension": 17.0},
@@ -142,7 +148,15 @@ def found(names: Sequence[str]) -> list[dict[str, Any]]:
             "advice": advice,
         }
         for severity, layer, code, message, number, threshold, advice in (
-            ("info", "", "calibration", "the layers' dampings are 80 apart", 80.0, 10.0, "give them rules of their own"),
+            (
+                "info",
+                "",
+                "calibration",
+                "the layers' dampings are 80 apart",
+                80.0,
+                10.0,
+                "give them rules of their own",
+            ),
             ("warning", names[1], "damped-away", "97 % of eigenvalues lie below 1e-2", 0.97, 0.9, "try 3e-4"),
             ("error", names[0], "kl", "the measured KL is twice the predicted", 2.0, 1.2, "look at the reduction"),
         )

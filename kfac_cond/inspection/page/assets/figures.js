@@ -29,7 +29,7 @@ function drawing() {
 }
 
 /** When the page is read to its end, where the library lies; its own tables are there before. */
-const whole = new Promise((done) => document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(done))));
+const pageRead = new Promise((done) => document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(done))));
 
 const watched = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) draw(entry.target.id);
@@ -42,7 +42,7 @@ const watched = new IntersectionObserver((entries) => {
  */
 function figure(id, make, pressed) {
   figures.set(id, { make, pressed, drawn: false });
-  whole.then(() => watched.observe(byId(id)));
+  pageRead.then(() => watched.observe(byId(id)));
 }
 
 function draw(id) {
