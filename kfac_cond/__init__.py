@@ -27,7 +27,7 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
-from .inspection import Comparison, compare, plots
+from .inspection import Comparison, Finding, Report, compare, inspect, plots
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -98,6 +98,7 @@ __all__ = [
     "Direction",
     "EigenBlock",
     "FactorDamping",
+    "Finding",
     "Fisher",
     "FromDistribution",
     "Gamma",
@@ -133,6 +134,7 @@ __all__ = [
     "Product",
     "QuadraticModel",
     "RankError",
+    "Report",
     "SamplingError",
     "Schedule",
     "StateError",
@@ -147,6 +149,7 @@ __all__ = [
     "estimate",
     "gram",
     "implicit",
+    "inspect",
     "load_checkpoint",
     "low_rank",
     "plots",

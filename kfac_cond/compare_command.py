@@ -25,12 +25,8 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("first", type=Path, metavar="A", help="file of the first Fisher (.safetensors)")
     parser.add_argument("second", type=Path, metavar="B", help="file of the second")
-    parser.add_argument(
-        "--damping", type=float, metavar="λ", help="of the effective dimensions (default: keeps 90 %% of A's)"
-    )
-    parser.add_argument(
-        "--top", type=int, default=TOP, metavar="K", help=f"eigenvectors of a subspace (default: {TOP})"
-    )
+    parser.add_argument("--damping", type=float, metavar="λ", help="of d_eff (default: keeps 90 %% of A's)")
+    parser.add_argument("--top", type=int, default=TOP, metavar="K", help=f"of each subspace (default: {TOP})")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at as well")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.set_defaults(command=run_compare)

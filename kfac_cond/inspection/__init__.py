@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import plots
 from .compare import Comparison, compare
 from .findings import Finding
+from .inspect import inspect
 from .report import Calibration, Cost, Counts, LayerReport, Numerics, Report, Whole
 from .spectra import Spectrum, spectrum_of
 
@@ -20,6 +21,7 @@ __all__ = [
     "Spectrum",
     "Whole",
     "compare",
+    "inspect",
     "plots",
     "spectrum_of",
 ]

@@ -20,7 +20,8 @@ from ..structures import Block, Fisher
 from .distances import bures, fisher_overlap, in_double
 from .moves import WeightChange, change_of, weights_of
 from .overlap import TOP, side_overlaps, top_overlap
-from .report import Report, plain
+from .plain import finite, plain
+from .report import Report
 from .spectra import Spectrum, damping_for, spectrum_of
 
 VERSION = 1
@@ -155,12 +156,12 @@ class Comparison(Mapping[str, LayerComparison]):
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """``to_dict`` as JSON.
+        """``to_dict`` as JSON, numbers that are not finite as null.
 
         Args:
             path: of a file to write as well.
         """
-        text = json.dumps(self.to_dict(), allow_nan=False, indent=1)
+        text = json.dumps(finite(self.to_dict()), allow_nan=False, indent=1)
         if path is not None:
             with replaced(path) as file:
                 file.write_text(text + "\n", encoding="utf-8")

@@ -42,8 +42,8 @@ def fisher_overlap(one: Block, other: Block) -> float | None:
 def bures(one: Block, other: Block) -> float | None:
     """The Bures distance (tr F_a + tr F_b - 2 tr (F_a^1/2 F_b F_a^1/2)^1/2)^1/2, in the unit of the root of F.
 
-    It is the 2-Wasserstein distance of Gaussians with these covariances. For G (x) A the last trace is that of the sides
-    A times that of the sides G, added over groups. Two equal blocks are 0 apart up to the root of round-off.
+    It is the 2-Wasserstein distance of Gaussians with these covariances. For G (x) A the last trace is that of the
+    sides A times that of the sides G, added over groups. Two equal blocks are 0 apart up to the root of round-off.
 
     Args:
         one, other: as for ``fisher_overlap``.
@@ -81,8 +81,10 @@ def _squared_cosines(mine: Tensor | None, theirs: Tensor | None, values: Tensor)
     """(U^T V)^2 times values, [..., d, n], entry by entry squared: values along the axes V as seen along the axes U."""
     if mine is None and theirs is None:
         return values
-    if mine is None or theirs is None:
-        cosines = theirs if mine is None else mine.mT
+    if mine is None:
+        cosines = theirs
+    elif theirs is None:
+        cosines = mine.mT
     else:
         cosines = mine.mT @ theirs
     assert cosines is not None
@@ -111,5 +113,8 @@ def fidelity(one: Side, other: Side) -> Tensor:
         return (one.values * other.values).sqrt().sum(-1)
     bases, _ = eigenbases([one, other])
     left, right = (from_eigenbasis(values.sqrt(), basis) for values, basis in bases)
+    if isinstance(right, Diagonal):
+        left, right = right, left  # the transpose, which has the same singular values
+    assert isinstance(right, Tensor)
     total: Tensor = torch.linalg.svdvals(left @ right).sum(-1)
     return total

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..tables import fitted, table
+from .plain import flat
 
 if TYPE_CHECKING:
     from .report import LayerReport, Report
@@ -15,21 +16,36 @@ MOST_ROWS = 40
 
 def report_text(report: Report) -> str:
     """How it was made, a row for each layer, the whole, and what could not be found."""
-    head = ["layer", "kind", "shape", "trace", "largest", "condition", "rank"]
-    head += [] if report.damping is None else [f"d_eff({report.damping:g})", "below"]
-    rows = [_cells(layer, report.damping) for layer in report.values()]
+    at = report.damping
+    head = ["layer", "kind", "shape", "trace", "largest", "condition" if at is None else f"cond({at:g})", "rank"]
+    head += [] if at is None else [f"d_eff({at:g})", "below"]
+    rows = [_cells(layer, at) for layer in report.values()]
     left_out = len(rows) - MOST_ROWS
     if left_out > 1:
         half = MOST_ROWS // 2
         rows = [*rows[:half], (f"... {left_out} more layers", *[""] * (len(head) - 1)), *rows[-half:]]
     facts = ", ".join(f"{key} {value}" for key, value in report.meta.items() if isinstance(value, str | int | float))
     whole = report.whole
-    lines = [fitted(f"Report of {len(report)} layers, {whole.parameters:,} parameters: {facts}")]
+    number = f"{len(report)} layer{'s' * (len(report) != 1)}"
+    lines = [fitted(f"Report of {number}, {whole.parameters:,} parameters: {facts}")]
     lines.append(table(head, rows, [""] * len(rows), right=range(3, len(head))))
     if whole.trace is not None:
         lines.append(fitted(_totals(report)))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
     return "\n".join(lines)
+
+
+def layer_text(layer: LayerReport) -> str:
+    """What was found of one layer, a number a line."""
+    found = layer.to_dict()
+    start = f"{layer.name or '(the model)'}: {layer.kind} {' x '.join(map(str, layer.shape))}, depth {layer.depth}"
+    numbers = {key: value for key, value in flat(found).items() if "." in key and value not in (None, "")}
+    wide = max(map(len, numbers), default=0)
+    return "\n".join([start, *(f"  {key:<{wide}}  {_written(value)}" for key, value in numbers.items())])
+
+
+def _written(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _totals(report: Report) -> str:

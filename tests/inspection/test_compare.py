@@ -244,5 +244,5 @@ def test_what_holds_no_fisher_is_refused() -> None:
     report.fisher = None
     with pytest.raises(kc.ArgumentError, match="the second report holds no Fisher"):
         compare(real_report(), report)
-    with pytest.raises(kc.ArgumentError, match="the first is 'a.safetensors'"):
+    with pytest.raises(kc.ArgumentError, match=r"the first is 'a\.safetensors'"):
         compare("a.safetensors", report)

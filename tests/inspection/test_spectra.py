@@ -68,6 +68,26 @@ def test_every_number_is_that_of_the_dense_matrix(blocks: list[kc.Block]) -> Non
         assert found.top(3) == pytest.approx(e[:3], rel=1e-10)
 
 
+@pytest.mark.parametrize("word", ["kfac", "ekfac", "block"])
+def test_every_number_is_that_of_the_definition(word: str) -> None:
+    """On one example all three are the exact block, and that is the Fisher by enumeration."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(1, 3)
+    fisher = kc.estimate(model, [x], "categorical", structure=word, kind="exact")
+    parameters = list(model.parameters())
+    for name, at in (("0", slice(0, 16)), ("2", slice(16, 31))):
+        logits = model(x)[0]
+        rows = []
+        for label, p in enumerate(logits.softmax(-1)):
+            of_label = torch.autograd.grad(logits.log_softmax(-1)[label], parameters, retain_graph=True)
+            rows.append(p.sqrt() * torch.cat([g.flatten() for g in of_label]))
+        dense = torch.stack(rows).T @ torch.stack(rows)
+        e = torch.linalg.eigvalsh(dense[at, at].detach())
+        found = spectrum_of(fisher[name])
+        assert found.trace == pytest.approx(float(e.sum()), rel=1e-10)
+        assert found.effective_dimension(1e-2) == pytest.approx(float((e / (e + 1e-2)).sum()), rel=1e-9)
+        assert found.rank == 2
+
+
 def test_sides_are_those_of_the_factors() -> None:
     block = case("perceptron", "categorical").estimate("kfac", "exact")["0"]
     found = spectrum_of(block)
@@ -78,7 +98,7 @@ def test_sides_are_those_of_the_factors() -> None:
 def test_an_eigenblock_has_the_sides_that_its_basis_came_from() -> None:
     kfac, ekfac = case("perceptron", "categorical").estimate(["kfac", "ekfac"], "exact")
     of_kfac, of_ekfac = spectrum_of(kfac["0"]), spectrum_of(ekfac["0"])
-    assert pytest.approx(of_kfac.A, abs=1e-13) == of_ekfac.A
+    assert np.allclose(of_ekfac.A, of_kfac.A, atol=1e-13)
     assert spectrum_of(ekfac["0"].inverse(damping=1.0)).A is None
 
 
@@ -86,6 +106,21 @@ def test_diagonal_sides_are_their_own_eigenvalues() -> None:
     A, G = torch.rand(4), moment(3)
     found = kronecker(A, G)
     assert found.values == pytest.approx(spectrum_of(kc.KroneckerBlock(LAYOUT, torch.diag(A), G)).values)
+
+
+def test_rare_tokens_of_a_diagonal_side_are_no_round_off() -> None:
+    frequencies = torch.tensor([1.0, 1e-3, 1e-9, 0.0]).float()
+    found = kronecker(frequencies, torch.eye(3).float())
+    assert (found.rank, found.smallest) == (9, 0.0)
+    assert found.dead_inputs == (3,)
+
+
+def test_round_off_of_a_stored_side_is_zero() -> None:
+    """Of a float32 matrix of rank one what else there is in it is the round-off of its entries."""
+    a = torch.randn(50)
+    found = kronecker(torch.outer(a, a).float(), torch.eye(3).float())
+    assert found.rank == 3
+    assert found.effective_dimension(1e-12) == pytest.approx(3.0)
 
 
 def test_identity() -> None:
