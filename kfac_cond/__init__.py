@@ -27,7 +27,7 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
-from .inspection import Finding, Report, inspect
+from .inspection import Comparison, Finding, Report, compare, inspect, plots
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -88,6 +88,7 @@ __all__ = [
     "Block",
     "CaptureError",
     "Categorical",
+    "Comparison",
     "Coverage",
     "CoverageError",
     "Damping",
@@ -142,6 +143,7 @@ __all__ = [
     "Tempered",
     "UnitWiseBlock",
     "VonMises",
+    "compare",
     "coverage",
     "detach",
     "estimate",
@@ -150,6 +152,7 @@ __all__ = [
     "inspect",
     "load_checkpoint",
     "low_rank",
+    "plots",
     "register_layer",
     "save_checkpoint",
     "unregister_layer",

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from . import __version__
 from .commands import add_coverage, add_inspect, positive
+from .compare_command import add_compare
 
 #: What the demo imports besides the library, and the name each is installed by.
 DEMO_REQUIRES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_inspect(commands)
     add_coverage(commands)
+    add_compare(commands)
     return parser
 
 
