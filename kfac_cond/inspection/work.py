@@ -56,8 +56,9 @@ class Work:
             self._failed("coverage", error)
         if spectra:
             self._of_whole["calibration"] = calibration = calibrated(list(spectra.values()))
-            if self.damping is None and isfinite(calibration.keeps_most):
-                self.at = calibration.keeps_most
+            if self.damping is None:
+                # Of a Fisher that is zero any is as good.
+                self.at = calibration.keeps_most if isfinite(calibration.keeps_most) else 1.0
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)

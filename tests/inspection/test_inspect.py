@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.inspection import sections, work
-from kfac_cond.inspection.sections import Job, Section, passes_of_estimate
+from kfac_cond.inspection.sections import Job, Section
+from kfac_cond.inspection.sources import passes_of_estimate
 from kfac_cond.inspection.spectra import spectrum_of
 
 
@@ -237,7 +238,7 @@ def section(name: str, level: str = "standard", passes: float = 2.0, **fails: Ex
     def measure(job: Job) -> tuple[Any, dict[str, Any]]:
         for error in fails.values():
             raise error
-        number = float(sum(len(x) for x in job.data))
+        number = float(sum(len(x) for x in job.over_data[1]))
         return Found(job.damping), {layer: Found(number) for layer in job.fisher}
 
     return Section(name, level, lambda size: passes * size.samples * size.layers / 2, measure, "kl")
