@@ -27,6 +27,7 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
+from .inspection.monitor import Monitor
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -116,6 +117,7 @@ __all__ = [
     "LowRankBlock",
     "MixtureDensity",
     "ModelChangedError",
+    "Monitor",
     "Multinomial",
     "MultivariateGaussian",
     "NaturalGradient",
