@@ -15,6 +15,8 @@ import kfac_cond as kc
 from ..test_synchronisation import MODELS, SETTINGS, Reads, steps
 from ..training import batches, convolutional, network, noisy_network, parameters_of, train
 
+#: Every setting, and every model.
+CASES = [*((setting, "linear") for setting in SETTINGS), *(("exact", model) for model in MODELS if model != "linear")]
 RULES = {"factored": kc.Damping(0.1), "exact": kc.Damping(0.1, rule="exact")}
 
 
@@ -268,8 +270,7 @@ def watched_steps(monkeypatch: pytest.MonkeyPatch, model: nn.Module, **settings:
     return counts
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("setting", "model"), CASES)
 def test_steps_that_do_not_refresh_read_nothing(monkeypatch, setting, model):
     """Steps 3 and 6 are read at, steps 4 and 8 refresh; the numbers of 3 are written at 4."""
     counts = watched_steps(monkeypatch, MODELS[model](), **SETTINGS[setting])
@@ -279,8 +280,7 @@ def test_steps_that_do_not_refresh_read_nothing(monkeypatch, setting, model):
     assert [reading.step for reading in watched_steps.monitor.readings] == [0, 3, 6]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("setting", "model"), CASES)
 def test_steps_on_the_meta_device_run(monkeypatch, setting, model):
     watched_steps(monkeypatch, MODELS[model]().to("meta"), device="meta", **SETTINGS[setting])
     watched_steps.monitor.flush()
