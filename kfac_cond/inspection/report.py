@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ..errors import ArgumentError
 from ..files import replaced
 from ..structures import Fisher
 from ..structures.sampling import Estimated, LayerError
+from .plain import finite, flat, plain
 from .spectra import Spectrum, log_histogram
 
 if TYPE_CHECKING:
@@ -29,17 +27,20 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted of a layer; cost: nothing, the estimate counts in any case.
+    """What covers a layer, and what was counted of it; cost: a forward of one batch for ``uses``, else nothing.
 
     Args:
-        covered: share of the parameters of the layer's module that its block covers, from 0 to 1.
-        uses: calls of its module in one forward; None where no forward was looked at, and for parameters by themselves.
-        positions: over all examples and draws, that A is a mean of; None for what is made of whole gradients.
-        terms: M, the loss terms that G is divided by, of all data.
-        examples: N, of all data; None where they were not counted.
+        form: 'kronecker' for a form of the layer's own, 'universal' for that of any parameter; empty where no model was
+            given.
+        note: what is to be known of its form.
+        uses: calls of its module in one forward of the first batch; None where none was run, and in the universal form.
+        positions: that A is a mean over, in all data; None of what is made of whole gradients, and of a moving average.
+        terms: M, the loss terms of all data that G is divided by; None where there are several heads, or an average.
+        examples: N, of all data; None of a moving average.
     """
 
-    covered: float = 1.0
+    form: str = ""
+    note: str = ""
     uses: int | None = None
     positions: float | None = None
     terms: float | None = None
@@ -48,45 +49,51 @@ class Counts:
 
 @dataclass(frozen=True)
 class Numerics:
-    """How well a layer's block can be computed with. Each of probes with seeded random vectors.
+    """How well a layer's block can be computed with.
 
     Args:
-        asymmetry: |S - S^T| / |S| in the Frobenius norm, the larger of the two sides S (of the matrix itself where
-            there are no sides); no unit, 0 for a moment that was summed in triangles. Cost: d^2.
-        negative_mass: the sum of the sizes of negative eigenvalues over that of all, the larger of the two sides; no
-            unit, round-off in a healthy moment, which has none. Cost: an eigendecomposition of each side.
-        residual: the largest over probes v of |(F + lambda) (F + lambda)^-1 v - v| / |v|; no unit; None without a
-            damping. Cost: an inverse and two products a probe.
+        asymmetry: |S - S^T| / |S| in the Frobenius norm, the larger of the two sides S (of the matrix itself where it
+            is stored whole); no unit, 0 for a moment that was summed in triangles. Cost: d^2.
+        negative_mass: the sum of the sizes of negative eigenvalues over that of all, the larger of the two sides'; no
+            unit, round-off in a moment, which has none. Cost: nothing beside the spectrum.
+        residual: the largest of |(F + lambda)^-1 (F + lambda) v - v| / |v| over seeded normal vectors v, in the dtype
+            that the block is stored in; no unit. None where nothing was inverted. Cost: one inverse.
+        damping: the lambda of it, in the units of F.
         failures: factorisations in a row that failed in training; None where nothing was trained.
     """
 
     asymmetry: float
     negative_mass: float
     residual: float | None = None
+    damping: float | None = None
     failures: int | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer costs, from its shapes and as measured here.
+    """What a layer costs, by its shapes and as measured here.
 
     Args:
-        factor_bytes: of what is stored of the block.
-        inverse_bytes: of what a gradient is preconditioned with, predicted.
-        refresh_flops: floating-point operations of inverting it, predicted.
-        predicted_milliseconds: of one inverse: the operations over the rate that was measured over all layers; None
-            where no inverse was timed.
-        milliseconds: of one inverse, measured; None where it was not.
+        held: bytes of what is stored of the block, measured.
+        factor_bytes: of its moving averages in training, predicted; None where no model was given, as the next two.
+        inverse_bytes: of the inverse of F + lambda, predicted.
+        refresh_flops: floating-point operations of making it, predicted.
+        held_by_inverse: bytes of that inverse, measured; None where nothing was inverted.
+        milliseconds: of making it, measured.
+        predicted_milliseconds: the operations, at the rate at which all layers together went: a layer that takes many
+            times as long is slow for another reason than its size.
     """
 
-    factor_bytes: int
+    held: int
+    factor_bytes: int | None = None
     inverse_bytes: int | None = None
     refresh_flops: int | None = None
-    predicted_milliseconds: float | None = None
+    held_by_inverse: int | None = None
     milliseconds: float | None = None
+    predicted_milliseconds: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerReport:
     """What was found of one layer; a section is None where the level or the source does not give it.
 
@@ -164,6 +171,11 @@ class LayerReport:
                 found[field.name] = plain(value)
         return found
 
+    def __repr__(self) -> str:
+        from .text import layer_text
+
+        return layer_text(self)
+
     def _spectrum(self) -> Spectrum:
         if self.spectrum is None:
             raise ArgumentError(f"layer '{self.name}': the report has no spectrum of it (see report.problems)")
@@ -208,6 +220,7 @@ class Whole:
         kl: predicted against measured divergence.
         sampling: check of the drawn labels themselves.
         block_diagonality: share of the Fisher outside the layers' blocks.
+        signal: gradient signal to noise of all layers together.
     """
 
     parameters: int
@@ -219,6 +232,7 @@ class Whole:
     kl: Any = None
     sampling: Any = None
     block_diagonality: Any = None
+    signal: Any = None
 
 
 class Report(Mapping[str, LayerReport]):
@@ -303,7 +317,7 @@ class Report(Mapping[str, LayerReport]):
         Args:
             path: of a file to write as well.
         """
-        text = json.dumps(_finite(self.to_dict()), allow_nan=False, indent=1)
+        text = json.dumps(finite(self.to_dict()), allow_nan=False, indent=1)
         if path is not None:
             with replaced(path) as file:
                 file.write_text(text + "\n", encoding="utf-8")
@@ -322,34 +336,6 @@ class Report(Mapping[str, LayerReport]):
         from .text import report_text
 
         return report_text(self)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON holds it: dataclasses and mappings as dicts, sequences as lists, what is neither as text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts as one, keys joined by dots; of lists only those of the shape are kept, as text."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        elif key == "shape":
-            found[f"{prefix}{key}"] = " x ".join(map(str, value))
-        elif not isinstance(value, list):
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _of_spectrum(spectrum: Spectrum, lambdas: Sequence[float]) -> dict[str, Any]:
@@ -373,12 +359,3 @@ def _of_spectrum(spectrum: Spectrum, lambdas: Sequence[float]) -> dict[str, Any]
 
 def _histogram(edges: Any, counts: Any) -> dict[str, list[float]]:
     return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def _finite(value: Any) -> Any:
-    """The same tree with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from math import ceil, inf, log
-from typing import TypeVar
+from math import ceil, inf, log, sqrt
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ SPAN = 1e-16
 """The smallest eigenvalue that a histogram tells apart, over the largest."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     """The eigenvalues of one layer's block F, P of them, and what follows from them; in float64 on the host.
 
@@ -64,6 +63,7 @@ class Spectrum:
     counts: Floats
     smallest: float
     round_off: float
+    negative: float = 0.0
     A: Floats | None = None
     G: Floats | None = None
     dead_inputs: tuple[int, ...] = ()
@@ -104,8 +104,8 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """Eigenvalues above round-off, ``round_off`` times the largest."""
-        return round(float(self.counts[self.values > self.round_off * self.largest].sum()))
+        """The number of eigenvalues above round-off."""
+        return round(float(self.counts[self.values > 0.0].sum()))
 
     @property
     def blame(self) -> str | None:
@@ -183,11 +183,15 @@ class Spectrum:
         """
         return log_histogram(self.values, self.counts, bins)
 
+    def __repr__(self) -> str:
+        return f"Spectrum(size={self.size:,}, trace={self.trace:.4g}, largest={self.largest:.4g}, rank={self.rank:,})"
+
     def _squares(self) -> float:
         return float(self.values**2 @ self.counts)
 
     def _condition_of(self, side: Floats) -> float:
-        return _over(float(side[0]), max(float(side[-1]), self.round_off * float(side[0])), zero=1.0)
+        largest, smallest = float(side[0]), float(side[-1])
+        return _over(largest, smallest or self.round_off * largest, zero=1.0)
 
     def _checked(self, damping: float) -> float:
         if not is_damping(damping):
@@ -245,15 +249,22 @@ def spectrum_of(block: Block) -> Spectrum:
     """
     _require_finite(block)
     of_A = of_G = None
+    share = _round_off(max(block.layout.matrix_shape[-2:]), block.dtype)
     if isinstance(block, KroneckerBlock):
-        of_A, of_G = (_eigenvalues_of(side) for side in block.sides)
+        raw = [_eigenvalues_of(side) for side in block.sides]
+        shares = [
+            0.0 if isinstance(side, Diagonal) else _round_off(side.shape[-1], block.dtype) for side in block.sides
+        ]
+        of_A, of_G = map(_cleared, raw, shares)
         chunks, largest, size = _products(of_A, of_G), float((of_A.max(-1) * of_G.max(-1)).max()), block.layout.numel
     else:
         if isinstance(block, EigenBlock) and block.values_A is not None and block.values_G is not None:
-            of_A, of_G = _host(block.values_A), _host(block.values_G)
-        # Only what is decomposed here gains by more digits than it is stored in.
-        values = _host((_in_double(block) if isinstance(block, StackedBlock) else block).eigenvalues())
-        chunks, largest, size = iter([values]), float(values.max()), values.size
+            of_A, of_G = (_cleared(_host(one), share) for one in (block.values_A, block.values_G))
+        stacked = isinstance(block, StackedBlock)
+        raw = [_eigenvalues_of(block._stack) if isinstance(block, StackedBlock) else _host(block.eigenvalues())]
+        # Squares in a basis have the square of its round-off; it is off by more than the matrix that it came from.
+        every = _cleared(raw[0], _round_off(raw[0].shape[-1], block.dtype) if stacked else (2 * share) ** 2).ravel()
+        chunks, largest, size = iter([every]), float(every.max()), every.size
     values, counts, smallest = _gathered(chunks, largest, one_by_one=size <= EXACT)
     inputs, outputs = _dead(block)
     return Spectrum(
@@ -261,12 +272,24 @@ def spectrum_of(block: Block) -> Spectrum:
         values,
         counts,
         smallest,
-        max(block.layout.matrix_shape[-2:]) * torch.finfo(block.dtype).eps,
+        share,
+        max(_over(float(np.maximum(-one, 0.0).sum()), float(np.abs(one).sum())) for one in raw),
         None if of_A is None else _descending(of_A),
         None if of_G is None else _descending(of_G),
         inputs,
         outputs,
     )
+
+
+def _round_off(size: int, dtype: torch.dtype) -> float:
+    """The share of the largest eigenvalue that is round-off; see ``Spectrum``."""
+    return 2 * sqrt(size) * torch.finfo(dtype).eps
+
+
+def _cleared(values: Floats, share: float) -> Floats:
+    """The eigenvalues of each matrix with zeros for those that are negative, or a share of the largest or less."""
+    found: Floats = np.where(values > share * values.max(-1, keepdims=True), values, 0.0)
+    return np.maximum(found, 0.0)
 
 
 def _products(of_A: Floats, of_G: Floats) -> Iterator[Floats]:
@@ -343,21 +366,10 @@ def _dead(block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _eigenvalues_of(side: Side) -> Floats:
-    """The eigenvalues of each matrix, [..., d], none negative: a moment has no negative ones, its round-off has."""
+    """The eigenvalues of each matrix, [..., d], in float64, where the matrix is if that can be."""
     tensor = as_tensor(side)
-    values = _in_double(tensor)
-    if not isinstance(side, Diagonal):
-        values = torch.linalg.eigvalsh(values)
-    return _host(values.clamp(min=0))
-
-
-Held = TypeVar("Held", Tensor, Block)
-
-
-def _in_double(held: Held) -> Held:
-    """In float64, where it is if that can be."""
-    there = held if has_float64(held.device) else held.to("cpu")
-    return there.to(torch.float64)
+    there = (tensor if has_float64(tensor.device) else tensor.to("cpu")).to(torch.float64)
+    return _host(there if isinstance(side, Diagonal) else torch.linalg.eigvalsh(there))
 
 
 def _host(values: Tensor) -> Floats:

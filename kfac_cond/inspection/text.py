@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..tables import fitted, table
+from .plain import flat
 
 if TYPE_CHECKING:
     from .report import LayerReport, Report
@@ -15,21 +17,61 @@ MOST_ROWS = 40
 
 def report_text(report: Report) -> str:
     """How it was made, a row for each layer, the whole, and what could not be found."""
-    head = ["layer", "kind", "shape", "trace", "largest", "condition", "rank"]
-    head += [] if report.damping is None else [f"d_eff({report.damping:g})", "below"]
-    rows = [_cells(layer, report.damping) for layer in report.values()]
+    at = report.damping
+    head = ["layer", "kind", "shape", "trace", "largest", "condition" if at is None else f"cond({at:g})", "rank"]
+    head += [] if at is None else [f"d_eff({at:g})", "below"]
+    rows = [_cells(layer, at) for layer in report.values()]
     left_out = len(rows) - MOST_ROWS
     if left_out > 1:
         half = MOST_ROWS // 2
         rows = [*rows[:half], (f"... {left_out} more layers", *[""] * (len(head) - 1)), *rows[-half:]]
-    facts = ", ".join(f"{key} {value}" for key, value in report.meta.items() if isinstance(value, str | int | float))
-    whole = report.whole
-    lines = [fitted(f"Report of {len(report)} layers, {whole.parameters:,} parameters: {facts}")]
-    lines.append(table(head, rows, [""] * len(rows), right=range(3, len(head))))
-    if whole.trace is not None:
+    # A column of kinds only where they are known.
+    shown = [column for column in range(len(head)) if column != 1 or any(row[1] for row in rows)]
+    cells = [[row[column] for column in shown] for row in rows]
+    numbers = [index for index, column in enumerate(shown) if column > 2]
+    lines = [
+        *map(fitted, _facts(report)),
+        table([head[column] for column in shown], cells, [""] * len(rows), right=numbers),
+    ]
+    if report.whole.trace is not None:
         lines.append(fitted(_totals(report)))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
     return "\n".join(lines)
+
+
+def _facts(report: Report) -> Iterator[str]:
+    """What was looked at and how, from what is known of it."""
+    meta, number = report.meta, len(report)
+    of = f" of {meta['source']}" if "source" in meta else ""
+    yield f"Report{of}: {number} layer{'s' * (number != 1)}, {report.whole.parameters:,} parameters"
+    known = {
+        "likelihood": "{}",
+        "kind": "kind {}",
+        "structure": "structure {}",
+        "samples": "{} draws a term",
+        "examples": "{} examples",
+        "terms": "{:g} loss terms",
+        "level": "level {}",
+        "passes": "{:.3g} passes",
+        "seconds": "{:.3g} s",
+        "note": "{}",
+    }
+    said = [text.format(meta[key]) for key, text in known.items() if meta.get(key) is not None]
+    if said:
+        yield ", ".join(said)
+
+
+def layer_text(layer: LayerReport) -> str:
+    """What was found of one layer, a number a line."""
+    found = layer.to_dict()
+    start = f"{layer.name or '(the model)'}: {layer.kind} {' x '.join(map(str, layer.shape))}, depth {layer.depth}"
+    numbers = {key: value for key, value in flat(found).items() if "." in key and value not in (None, "")}
+    wide = max(map(len, numbers), default=0)
+    return "\n".join([start, *(f"  {key:<{wide}}  {_written(value)}" for key, value in numbers.items())])
+
+
+def _written(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _totals(report: Report) -> str:
