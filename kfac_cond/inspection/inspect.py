@@ -88,29 +88,27 @@ def inspect(
             work = Work(given.fisher(), given.damping if damping is None else damping)
         with meter.stage("spectra", 0.0):
             work.look(given.known, meter, invert=level != "quick", seed=options.seed or 0)
-        if given.model is not None and given.likelihood is not None and watched is not None:
-            plain = replace(quiet, partial=None, draws=None)
-            job = Job(given.model, watched, given.likelihood, work.fisher, work.at, samples, plain, given.kfac)
-            for section in sections:
-                with meter.stage(section.name, parts[section.name]):
-                    work.add(section, job)
+        plain = replace(quiet, partial=None, draws=None)
+        job = Job(given, watched, work.fisher, damping=work.at, samples=samples, options=plain)
+        for section in sections:
+            with meter.stage(section.name, parts[section.name]):
+                work.add(section, job)
     facts = {"level": level, "source": given.described, "passes": total, "seconds": round(monotonic() - start, 3)}
-    if not sections and level != "quick" and watched is None:
+    if watched is None and level != "quick":
         facts["note"] = "without data, what the blocks say alone"
     return work.report(facts)
 
 
 def _sections(level: Level, given: Source, data: Watched | None) -> Sequence[Section]:
-    """What goes through the data at a level; nothing where there are none."""
-    if data is None:
-        if level == "full":
-            raise ArgumentError(
-                f"level='full' compares with the exact Fisher of a model over data, and {given.described} came without "
-                "data: kc.inspect(model, data, likelihood, level='full'), or level='standard'"
-            )
-        return []
-    sections = of_level(level)
-    if sections and data.once:
+    """The sections of a level that what was given is enough for."""
+    if data is None and level == "full":
+        raise ArgumentError(
+            f"level='full' compares with the exact Fisher of a model over data, and {given.described} came without "
+            "data: kc.inspect(model, data, likelihood, level='full'), or level='standard'"
+        )
+    there = {"data": data is not None, "kfac": given.kfac is not None}
+    sections = [section for section in of_level(level) if there[section.needs]]
+    if data is not None and data.once and any(section.needs == "data" for section in sections):
         raise ArgumentError(
             f"level={level!r} goes through the data several times, and an iterator can be gone through once: pass a "
             "list, a loader, or a function that yields the batches, or level='quick'"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..tables import fitted, table
-from .plain import flat
+from .plain import flat, plain
 
 if TYPE_CHECKING:
-    from .report import LayerReport, Report
+    from .report import LayerReport, Report, Whole
 
 MOST_ROWS = 40
 """Layers shown in full; of more, the first and the last."""
@@ -63,11 +63,19 @@ def _facts(report: Report) -> Iterator[str]:
 
 def layer_text(layer: LayerReport) -> str:
     """What was found of one layer, a number a line."""
-    found = layer.to_dict()
     start = f"{layer.name or '(the model)'}: {layer.kind} {' x '.join(map(str, layer.shape))}, depth {layer.depth}"
-    numbers = {key: value for key, value in flat(found).items() if "." in key and value not in (None, "")}
-    wide = max(map(len, numbers), default=0)
-    return "\n".join([start, *(f"  {key:<{wide}}  {_written(value)}" for key, value in numbers.items())])
+    return "\n".join([start, *_numbers({key: value for key, value in flat(layer.to_dict()).items() if "." in key})])
+
+
+def whole_text(whole: Whole) -> str:
+    """What was found of the whole model likewise."""
+    return "\n".join(["the whole model", *_numbers(flat(plain(whole)))])
+
+
+def _numbers(found: Mapping[str, Any]) -> list[str]:
+    known = {key: value for key, value in found.items() if value not in (None, "")}
+    wide = max(map(len, known), default=0)
+    return [f"  {key:<{wide}}  {_written(value)}" for key, value in known.items()]
 
 
 def _written(value: Any) -> str:
@@ -79,7 +87,7 @@ def _totals(report: Report) -> str:
     text = f"trace {whole.trace:.4g}"
     if whole.trace_error is not None:
         text += f" +- {whole.trace_error.error:.2g}"
-    if whole.calibration is not None:
+    if whole.calibration is not None and whole.calibration.rank:
         kept, rank = whole.calibration.keeps_most, whole.calibration.rank
         text += f"; damping {kept:.2g} keeps 90 % of the effective dimension, whose most is {rank:,}"
     if whole.effective_dimension is not None and report.damping is not None:
