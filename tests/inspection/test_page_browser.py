@@ -203,6 +203,7 @@ def test_sections_that_a_report_lacks_are_left_out_with_a_reason(browser: Browse
     assert "Staleness: could not be measured: nothing is trained here" in said
 
 
+@pytest.mark.slow
 def test_five_hundred_layers_open_in_two_seconds(browser: Browser, tmp_path: Path) -> None:
     path = opened(browser, made_up(500)[0], tmp_path)
     times = []
