@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -16,7 +16,7 @@ from ..heads import Distribution
 from ..options import Batches, Options
 from .meter import Meter, Watched
 from .report import Report
-from .sections import LEVELS, Job, Level, Section, of_level
+from .sections import LEVELS, Job, Level, Section, Size, of_level
 from .sources import Patterns, Source, source_of
 from .work import Work
 
@@ -77,9 +77,10 @@ def inspect(
     quiet = replace(options, progress=False)
     given = source_of(source, watched, likelihood, layers=layers, samples=samples, options=quiet)
     sections = _sections(level, given, watched)
-    total = given.passes + sum(section.passes(samples) for section in sections)
+    parts = {section.name: section.passes(Size(given.layers, samples)) for section in sections}
+    total = given.passes + sum(parts.values())
     meter = Meter(total, show=options.progress)
-    _say(meter, level, given, sections, samples)
+    _say(meter, level, given, parts)
     with meter.running():
         if watched is not None:
             watched.meter = meter
@@ -87,29 +88,27 @@ def inspect(
             work = Work(given.fisher(), given.damping if damping is None else damping)
         with meter.stage("spectra", 0.0):
             work.look(given.known, meter, invert=level != "quick", seed=options.seed or 0)
-        if given.model is not None and given.likelihood is not None and watched is not None:
-            plain = replace(quiet, partial=None, draws=None)
-            job = Job(given.model, watched, given.likelihood, work.fisher, work.at, samples, plain, given.kfac)
-            for section in sections:
-                with meter.stage(section.name, section.passes(samples)):
-                    work.add(section, job)
+        plain = replace(quiet, partial=None, draws=None)
+        job = Job(given, watched, work.fisher, damping=work.at, samples=samples, options=plain)
+        for section in sections:
+            with meter.stage(section.name, parts[section.name]):
+                work.add(section, job)
     facts = {"level": level, "source": given.described, "passes": total, "seconds": round(monotonic() - start, 3)}
-    if not sections and level != "quick" and watched is None:
+    if watched is None and level != "quick":
         facts["note"] = "without data, what the blocks say alone"
     return work.report(facts)
 
 
 def _sections(level: Level, given: Source, data: Watched | None) -> Sequence[Section]:
-    """What goes through the data at a level; nothing where there are none."""
-    if data is None:
-        if level == "full":
-            raise ArgumentError(
-                f"level='full' compares with the exact Fisher of a model over data, and {given.described} came without "
-                "data: kc.inspect(model, data, likelihood, level='full'), or level='standard'"
-            )
-        return []
-    sections = of_level(level)
-    if sections and data.once:
+    """The sections of a level that what was given is enough for."""
+    if data is None and level == "full":
+        raise ArgumentError(
+            f"level='full' compares with the exact Fisher of a model over data, and {given.described} came without "
+            "data: kc.inspect(model, data, likelihood, level='full'), or level='standard'"
+        )
+    there = {"data": data is not None, "kfac": given.kfac is not None}
+    sections = [section for section in of_level(level) if there[section.needs]]
+    if data is not None and data.once and any(section.needs == "data" for section in sections):
         raise ArgumentError(
             f"level={level!r} goes through the data several times, and an iterator can be gone through once: pass a "
             "list, a loader, or a function that yields the batches, or level='quick'"
@@ -117,10 +116,9 @@ def _sections(level: Level, given: Source, data: Watched | None) -> Sequence[Sec
     return sections
 
 
-def _say(meter: Meter, level: Level, given: Source, sections: Sequence[Section], samples: int) -> None:
+def _say(meter: Meter, level: Level, given: Source, of_sections: Mapping[str, float]) -> None:
     """What it will cost, before anything is computed."""
-    parts = {"estimate": given.passes} if given.passes else {}
-    parts |= {section.name: section.passes(samples) for section in sections}
+    parts = {**({"estimate": given.passes} if given.passes else {}), **of_sections}
     listed = ", ".join(f"{name} {passes:.3g}" for name, passes in parts.items())
     text = f"inspection of {given.described}, level '{level}': " + (
         f"about {meter.total:.3g} passes over the data, a forward and a backward each ({listed})"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -206,7 +205,7 @@ class Calibration:
     layers_apart: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Whole:
     """What was found of the whole model.
 
@@ -220,6 +219,7 @@ class Whole:
         kl: predicted against measured divergence.
         sampling: check of the drawn labels themselves.
         block_diagonality: share of the Fisher outside the layers' blocks.
+        signal: gradient signal to noise of all layers together.
     """
 
     parameters: int
@@ -231,6 +231,12 @@ class Whole:
     kl: Any = None
     sampling: Any = None
     block_diagonality: Any = None
+    signal: Any = None
+
+    def __repr__(self) -> str:
+        from .text import whole_text
+
+        return whole_text(self)
 
 
 class Report(Mapping[str, LayerReport]):
@@ -293,8 +299,9 @@ class Report(Mapping[str, LayerReport]):
             ImportError: without what it is built with, with what to install.
             OSError: it could not be written.
         """
-        page = import_module(".page", __package__)
-        page.save_page(page.report_page(self), path)
+        from .page import report_page, save_page
+
+        save_page(report_page(self), path)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain numbers, strings, lists and dicts; spectra as their largest values and curves."""

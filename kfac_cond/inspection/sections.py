@@ -4,42 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..heads import Distribution
 from ..options import Options
 from ..structures import Fisher
+from . import divergence, empirical, sampling_check, signal, updates
 from .meter import Watched
+from .proposals import Proposal, propose
+from .sources import Source
 
 Level = Literal["quick", "standard", "full"]
 LEVELS = ("quick", "standard", "full")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Size:
+    """What the cost of a section depends on.
+
+    Args:
+        layers: of the report.
+        samples: label draws a term.
+    """
+
+    layers: int
+    samples: int
+
+
 class Job:
     """What a section is made from.
 
     Args:
-        model: in the mode it is in.
-        data: batches, as often as they are gone through.
-        likelihood: of the loss, or the criterion.
+        given: the source; without a model there is nothing that goes through data.
+        data: batches, as often as they are gone through; None where none were given.
         fisher: of the layers of the report.
         damping: lambda of the report; where none was given, the one that keeps 90 % of the effective dimension.
         samples: label draws a term.
         options: of estimates; without progress of their own.
-        kfac: that the factors came from, in a running job.
     """
 
-    model: nn.Module
-    data: Watched
-    likelihood: Distribution | str | nn.Module
-    fisher: Fisher
-    damping: float
-    samples: int
-    options: Options
-    kfac: Any = None
+    def __init__(
+        self, given: Source, data: Watched | None, fisher: Fisher, *, damping: float, samples: int, options: Options
+    ) -> None:
+        self.kfac, self.fisher, self.damping, self.samples = given.kfac, fisher, damping, samples
+        self.options = options
+        self._given, self._data = given, data
+
+    @property
+    def over_data(self) -> tuple[nn.Module, Watched, Distribution | str | nn.Module]:
+        """(model, data, likelihood); of a section that goes through data all three are there."""
+        model, likelihood = self._given.model, self._given.likelihood
+        assert model is not None and likelihood is not None and self._data is not None
+        return model, self._data, likelihood
+
+    @cached_property
+    def proposal(self) -> Proposal:
+        """The natural-gradient step at the damping, with the gradient that it comes from: one pass, whoever asks."""
+        return propose(*self.over_data, self.fisher, damping=self.damping, options=self.options)
+
+    @property
+    def gradient(self) -> Mapping[str, Tensor] | None:
+        """That of the loss at the data's labels; None without data or labels."""
+        if self._data is None or self.proposal.labels != "data":
+            return None
+        return self.proposal.gradient
 
 
 Found = tuple[Any, Mapping[str, Any]]
@@ -51,26 +82,64 @@ class Section:
     """One section.
 
     Args:
-        name: of its field of ``LayerReport``.
+        name: of its field of ``LayerReport``, where it says something of layers.
         level: the lowest that has it.
-        passes: over the data, a forward and a backward each, for so many label draws.
+        passes: over the data that it takes, a forward and a backward each.
         measure: makes it.
         whole: the name of its field of ``Whole``, where it says something of that; empty for the same name.
+        needs: 'data' of a model or a KFAC, or a 'kfac' alone.
     """
 
     name: str
     level: Level
-    passes: Callable[[int], float]
+    passes: Callable[[Size], float]
     measure: Callable[[Job], Found]
     whole: str = ""
+    needs: Literal["data", "kfac"] = "data"
 
 
-SECTIONS: tuple[Section, ...] = ()
+def _kl(job: Job) -> Found:
+    return divergence.measure(*job.over_data, job.fisher, proposal=job.proposal, options=job.options)
 
 
-def passes_of_estimate(samples: int) -> float:
-    """Of drawing labels: a forward, a third of a pass, and a backward for each draw, two thirds."""
-    return (1 + 2 * samples) / 3
+def _sampling(job: Job) -> Found:
+    check = sampling_check.measure(*job.over_data, job.fisher, samples=job.samples, options=job.options)
+    return check, {}
+
+
+def _signal(job: Job) -> Found:
+    return signal.measure(*job.over_data, job.fisher, damping=job.damping, picks=job.options.data)
+
+
+def _update(job: Job) -> Found:
+    return None, updates.measure(
+        *job.over_data, job.fisher, damping=job.damping, gradient=job.gradient, picks=job.options.data
+    )
+
+
+def _empirical(job: Job) -> Found:
+    return None, empirical.measure(
+        *job.over_data, job.fisher, damping=job.damping, gradient=job.gradient, options=job.options
+    )
+
+
+def _staleness(job: Job) -> Found:
+    # It knows what trains, which a job that is inspected has loaded already.
+    from . import staleness
+
+    found = staleness.measure(job.kfac, gradient=job.gradient)
+    return None, {name: one for name, one in found.items() if name in job.fisher}
+
+
+SECTIONS: tuple[Section, ...] = (
+    # First, and with the one pass of the proposal that others have a use for.
+    Section("kl", "standard", lambda size: divergence.passes(size.layers), _kl),
+    Section("sampling check", "standard", lambda size: sampling_check.PASSES, _sampling, whole="sampling"),
+    Section("update", "standard", lambda size: 0.0, _update),
+    Section("signal", "standard", lambda size: signal.PASSES, _signal),
+    Section("empirical", "standard", lambda size: empirical.PASSES - updates.PASSES, _empirical),
+    Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
+)
 
 
 def of_level(level: Level) -> Sequence[Section]:

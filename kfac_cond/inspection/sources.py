@@ -22,9 +22,13 @@ from ..options import Options
 from ..structures import Fisher
 from ..uses import Used, uses_in_forward
 from .meter import Watched
-from .sections import passes_of_estimate
 
 Patterns = str | Sequence[str]
+
+
+def passes_of_estimate(samples: int) -> float:
+    """Of drawing labels: a forward, a third of a pass, and a backward for each draw, two thirds."""
+    return (1 + 2 * samples) / 3
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Source:
         fisher: makes or finds the Fisher of the layers asked for.
         passes: over the data that this takes.
         known: looks at the model, once the Fisher is there.
+        layers: how many of them are asked for, as far as the model says; 0 where there is none.
         model: None where only its Fisher is there.
         likelihood: likewise.
         damping: that it trains with; None where it does not.
@@ -67,6 +72,7 @@ class Source:
     fisher: Callable[[], Fisher]
     passes: float
     known: Callable[[Fisher], Known]
+    layers: int = 0
     model: nn.Module | None = None
     likelihood: Distribution | str | nn.Module | None = None
     damping: float | None = None
@@ -137,6 +143,7 @@ def _of_model(
         made,
         passes_of_estimate(samples),
         lambda fisher: _looked_at(model, data.first, asked, fisher),
+        layers=_number(found.layers, asked),
         model=model,
         likelihood=likelihood,
     )
@@ -160,6 +167,7 @@ def _of_kfac(kfac: Any, likelihood: Distribution | str | nn.Module | None, layer
         lambda: _chosen(kfac.fisher(), layers),
         0.0,
         known,
+        layers=_number(kfac.layers, layers),
         model=kfac._wrapped.model,
         likelihood=kfac._intake.listener.likelihood if likelihood is None else likelihood,
         damping=float(kfac.damping.at(kfac.step)),
@@ -181,6 +189,10 @@ def _looked_at(model: nn.Module, batch: Any, asked: Patterns, fisher: Fisher) ->
     return Known(found.layers, forms, used, covered / every if every else None, without=without)
 
 
+def _number(layers: Mapping[str, Layer], asked: Patterns) -> int:
+    return sum(_reaches(asked, name, layer.layout) for name, layer in layers.items())
+
+
 def _unknown(fisher: Fisher) -> Known:
     """Of blocks alone."""
     return Known()
@@ -195,9 +207,14 @@ def _chosen(fisher: Fisher, layers: Patterns) -> Fisher:
     names = {one for name, block in fisher.items() for one in _names(name, block.layout)}
     _require_matches(layers, names, fisher)
     wanted = [name for name, block in fisher.items() if _reaches(layers, name, block.layout)]
-    groups = [(share, {name: of[name].to(of[name].device) for name in wanted}) for share, of in fisher._groups]
-    # Copies: what is computed once and kept with a block is kept with these alone.
-    return Fisher({name: fisher[name].to(fisher[name].device) for name in wanted}, meta=fisher.meta, groups=groups)
+    return copied(fisher, wanted)
+
+
+def copied(fisher: Fisher, layers: Iterable[str]) -> Fisher:
+    """The same blocks of some layers without what was computed of them and kept; the tensors are shared."""
+    names = list(layers)
+    groups = [(share, {name: of[name].to(of[name].device) for name in names}) for share, of in fisher._groups]
+    return Fisher({name: fisher[name].to(fisher[name].device) for name in names}, meta=fisher.meta, groups=groups)
 
 
 def _names(name: str, layout: WeightLayout) -> set[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..tables import fitted, table
-from .plain import flat
+from .plain import flat, plain
 
 if TYPE_CHECKING:
-    from .report import LayerReport, Report
+    from .report import LayerReport, Report, Whole
 
 MOST_ROWS = 40
 """Layers shown in full; of more, the first and the last."""
@@ -24,24 +25,57 @@ def report_text(report: Report) -> str:
     if left_out > 1:
         half = MOST_ROWS // 2
         rows = [*rows[:half], (f"... {left_out} more layers", *[""] * (len(head) - 1)), *rows[-half:]]
-    facts = ", ".join(f"{key} {value}" for key, value in report.meta.items() if isinstance(value, str | int | float))
-    whole = report.whole
-    number = f"{len(report)} layer{'s' * (len(report) != 1)}"
-    lines = [fitted(f"Report of {number}, {whole.parameters:,} parameters: {facts}")]
-    lines.append(table(head, rows, [""] * len(rows), right=range(3, len(head))))
-    if whole.trace is not None:
+    # A column of kinds only where they are known.
+    shown = [column for column in range(len(head)) if column != 1 or any(row[1] for row in rows)]
+    cells = [[row[column] for column in shown] for row in rows]
+    numbers = [index for index, column in enumerate(shown) if column > 2]
+    lines = [
+        *map(fitted, _facts(report)),
+        table([head[column] for column in shown], cells, [""] * len(rows), right=numbers),
+    ]
+    if report.whole.trace is not None:
         lines.append(fitted(_totals(report)))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
     return "\n".join(lines)
 
 
+def _facts(report: Report) -> Iterator[str]:
+    """What was looked at and how, from what is known of it."""
+    meta, number = report.meta, len(report)
+    of = f" of {meta['source']}" if "source" in meta else ""
+    yield f"Report{of}: {number} layer{'s' * (number != 1)}, {report.whole.parameters:,} parameters"
+    known = {
+        "likelihood": "{}",
+        "kind": "kind {}",
+        "structure": "structure {}",
+        "samples": "{} draws a term",
+        "examples": "{} examples",
+        "terms": "{:g} loss terms",
+        "level": "level {}",
+        "passes": "{:.3g} passes",
+        "seconds": "{:.3g} s",
+        "note": "{}",
+    }
+    said = [text.format(meta[key]) for key, text in known.items() if meta.get(key) is not None]
+    if said:
+        yield ", ".join(said)
+
+
 def layer_text(layer: LayerReport) -> str:
     """What was found of one layer, a number a line."""
-    found = layer.to_dict()
     start = f"{layer.name or '(the model)'}: {layer.kind} {' x '.join(map(str, layer.shape))}, depth {layer.depth}"
-    numbers = {key: value for key, value in flat(found).items() if "." in key and value not in (None, "")}
-    wide = max(map(len, numbers), default=0)
-    return "\n".join([start, *(f"  {key:<{wide}}  {_written(value)}" for key, value in numbers.items())])
+    return "\n".join([start, *_numbers({key: value for key, value in flat(layer.to_dict()).items() if "." in key})])
+
+
+def whole_text(whole: Whole) -> str:
+    """What was found of the whole model likewise."""
+    return "\n".join(["the whole model", *_numbers(flat(plain(whole)))])
+
+
+def _numbers(found: Mapping[str, Any]) -> list[str]:
+    known = {key: value for key, value in found.items() if value not in (None, "")}
+    wide = max(map(len, known), default=0)
+    return [f"  {key:<{wide}}  {_written(value)}" for key, value in known.items()]
 
 
 def _written(value: Any) -> str:
@@ -53,7 +87,7 @@ def _totals(report: Report) -> str:
     text = f"trace {whole.trace:.4g}"
     if whole.trace_error is not None:
         text += f" +- {whole.trace_error.error:.2g}"
-    if whole.calibration is not None:
+    if whole.calibration is not None and whole.calibration.rank:
         kept, rank = whole.calibration.keeps_most, whole.calibration.rank
         text += f"; damping {kept:.2g} keeps 90 % of the effective dimension, whose most is {rank:,}"
     if whole.effective_dimension is not None and report.damping is not None:

@@ -14,7 +14,7 @@ from .meter import Meter
 from .numerics import cost_of, inverted, numerics_of, with_predictions
 from .report import Counts, LayerReport, Report, Whole
 from .sections import Job, Section
-from .sources import Known
+from .sources import Known, copied
 from .spectra import Spectrum, spectrum_of
 
 logger = logging.getLogger("kfac_cond")
@@ -56,8 +56,9 @@ class Work:
             self._failed("coverage", error)
         if spectra:
             self._of_whole["calibration"] = calibration = calibrated(list(spectra.values()))
-            if self.damping is None and isfinite(calibration.keeps_most):
-                self.at = calibration.keeps_most
+            if self.damping is None:
+                # Of a Fisher that is zero any is as good.
+                self.at = calibration.keeps_most if isfinite(calibration.keeps_most) else 1.0
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)
@@ -73,6 +74,7 @@ class Work:
                     self._failed(f"the inverse of {name}", error)
         for name, cost in with_predictions(costs).items():
             self._of_layers[name]["cost"] = cost
+        meter.note("label draws")
         self._sampling()
 
     def add(self, section: Section, job: Job) -> None:
@@ -116,8 +118,10 @@ class Work:
         meta.pop("counts", None)
         if _number(counts.get("terms")) is not None:
             meta |= {"examples": counts.get("examples"), "terms": _number(counts["terms"])}
+        # Eigenbases that were needed in between are as large as the factors, and go.
+        fisher = copied(self.fisher, self.fisher)
         return Report(
-            layers, whole, meta={**facts, **meta}, damping=self.damping, fisher=self.fisher, problems=self.problems
+            layers, whole, meta={**facts, **meta}, damping=self.damping, fisher=fisher, problems=self.problems
         )
 
     def _spectra(self, meter: Meter) -> dict[str, Spectrum]:

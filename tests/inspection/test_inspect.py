@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.inspection import sections, work
-from kfac_cond.inspection.sections import Job, Section, passes_of_estimate
+from kfac_cond.inspection.sections import Job, Section
+from kfac_cond.inspection.sources import passes_of_estimate
 from kfac_cond.inspection.spectra import spectrum_of
 
 
@@ -201,8 +202,9 @@ def test_a_file_says_what_its_fisher_says(model: nn.Module, data: list[Tensor], 
 def test_what_is_computed_once_is_not_kept_with_the_fisher_given(model: nn.Module, data: list[Tensor]) -> None:
     fisher = kc.estimate(model, data, "categorical")
     held = set(vars(fisher["0"]))
-    kc.inspect(fisher, damping=0.1)
-    assert set(vars(fisher["0"])) == held
+    report = kc.inspect(fisher, damping=0.1)
+    assert set(vars(fisher["0"])) == set(vars(report.fisher["0"])) == held
+    assert report.fisher["0"].A is fisher["0"].A
 
 
 def test_a_layer_known_by_its_products_alone_is_named(model: nn.Module, data: list[Tensor]) -> None:
@@ -237,10 +239,10 @@ def section(name: str, level: str = "standard", passes: float = 2.0, **fails: Ex
     def measure(job: Job) -> tuple[Any, dict[str, Any]]:
         for error in fails.values():
             raise error
-        number = float(sum(len(x) for x in job.data))
+        number = float(sum(len(x) for x in job.over_data[1]))
         return Found(job.damping), {layer: Found(number) for layer in job.fisher}
 
-    return Section(name, level, lambda samples: passes * samples, measure, "kl")
+    return Section(name, level, lambda size: passes * size.samples * size.layers / 2, measure, "kl")
 
 
 def test_the_cost_is_said_before_anything_runs(
