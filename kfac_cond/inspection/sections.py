@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ..heads import Distribution
 from ..options import Options
 from ..structures import Fisher
-from . import divergence, empirical, sampling_check, signal, updates
+from . import approximation, divergence, empirical, off_diagonal, sampling_check, signal, updates
 from .meter import Watched
 from .proposals import Proposal, propose
 from .sources import Source
 
 Level = Literal["quick", "standard", "full"]
 LEVELS = ("quick", "standard", "full")
+PROBES = 4
+"""Random vectors of the check of block-diagonality."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,14 @@ def _empirical(job: Job) -> Found:
     )
 
 
+def _approximation(job: Job) -> Found:
+    return None, approximation.measure(*job.over_data, job.fisher, samples=job.samples, options=job.options)
+
+
+def _block_diagonality(job: Job) -> Found:
+    return off_diagonal.measure(*job.over_data, job.fisher, probes=PROBES, options=job.options), {}
+
+
 def _staleness(job: Job) -> Found:
     # It knows what trains, which a job that is inspected has loaded already.
     from . import staleness
@@ -144,6 +154,14 @@ SECTIONS: tuple[Section, ...] = (
     Section("update", "standard", lambda size: 0.0, _update),
     Section("signal", "standard", lambda size: signal.PASSES, _signal),
     Section("empirical", "standard", lambda size: empirical.PASSES - updates.PASSES, _empirical),
+    Section("approximation", "full", lambda size: approximation.passes(size.samples), _approximation),
+    Section(
+        "block diagonality",
+        "full",
+        lambda size: off_diagonal.passes(PROBES),
+        _block_diagonality,
+        whole="block_diagonality",
+    ),
     Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
 )
 
