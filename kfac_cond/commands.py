@@ -75,9 +75,7 @@ def add_inspect(commands: Any) -> None:
         "source", metavar="SOURCE", help="FACTORS.safetensors, or package.module:build_model, a module or what makes it"
     )
     parser.add_argument("--data", metavar="package.module:data", help="batches of the model, or a function of them")
-    parser.add_argument(
-        "--held-out", metavar="package.module:data", help="other batches to measure divergences on"
-    )
+    parser.add_argument("--held-out", metavar="package.module:data", help="other batches to measure divergences on")
     parser.add_argument("--likelihood", metavar="NAME", help="of the model: categorical, bernoulli, gaussian ...")
     parser.add_argument("--level", choices=LEVELS, default="standard", help="how much to look at (default: standard)")
     parser.add_argument(

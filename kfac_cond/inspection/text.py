@@ -37,6 +37,8 @@ def report_text(report: Report) -> str:
     ]
     if report.whole.trace is not None:
         lines.append(fitted(_totals(report)))
+    if report.whole.uncovered:
+        lines.append(fitted(f"not covered: {', '.join(report.whole.uncovered)}"))
     lines += map(fitted, _findings(report))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
     return "\n".join(lines)
