@@ -55,7 +55,8 @@ def one_line(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
     return run
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every command has."""
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.add_argument("--traceback", action="store_true", help="of an error show where it came from")
 
@@ -84,7 +85,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--samples", type=positive, default=4, metavar="N", help="label draws a term (default: 4)")
     parser.add_argument("--damping", type=damping, metavar="LAMBDA", help="damping that the report is read at")
     parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page to look at in a browser")
-    _add_common(parser)
+    add_common(parser)
     parser.set_defaults(command=one_line(_inspect))
 
 
@@ -132,7 +133,7 @@ def add_coverage(commands: Any) -> None:
     parser.add_argument("model", metavar="package.module:build_model", help="a module, or what makes it")
     parser.add_argument("--data", metavar="package.module:data", help="batches, to count what one forward uses")
     parser.add_argument("--strict", action="store_true", help="fail where anything has no form of its own")
-    _add_common(parser)
+    add_common(parser)
     parser.set_defaults(command=one_line(_coverage))
 
 
