@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..heads import Distribution
 from ..options import Options
 from ..structures import Fisher
-from . import divergence, empirical, sampling_check, signal, updates
+from . import approximation, divergence, empirical, off_diagonal, sampling_check, signal, updates
 from .meter import Watched
 from .proposals import Proposal, propose
 from .sources import Source
@@ -123,6 +123,16 @@ def _empirical(job: Job) -> Found:
     )
 
 
+def _approximation(job: Job) -> Found:
+    # An error without that of drawing needs two draws, one with a standard error three.
+    samples = max(job.samples, 3)
+    return None, approximation.measure(*job.over_data, job.fisher, samples=samples, options=job.options)
+
+
+def _block_diagonality(job: Job) -> Found:
+    return off_diagonal.measure(*job.over_data, job.fisher, options=job.options), {}
+
+
 def _staleness(job: Job) -> Found:
     # It knows what trains, which a job that is inspected has loaded already.
     from . import staleness
@@ -139,6 +149,14 @@ SECTIONS: tuple[Section, ...] = (
     Section("signal", "standard", lambda size: signal.PASSES, _signal),
     Section("empirical", "standard", lambda size: empirical.PASSES - updates.PASSES, _empirical),
     Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
+    Section("approximation", "full", lambda size: approximation.passes(max(size.samples, 3)), _approximation),
+    Section(
+        "block diagonality",
+        "full",
+        lambda size: off_diagonal.passes(off_diagonal.PROBES),
+        _block_diagonality,
+        whole="block_diagonality",
+    ),
 )
 
 
