@@ -252,7 +252,6 @@ def test_training_is_bitwise_what_it_is_without(setting, make):
 
     plain = run(None)
     assert torch.equal(run(1), plain)
-    assert torch.equal(run(3), plain)
 
 
 def watched_steps(monkeypatch: pytest.MonkeyPatch, model: nn.Module, **settings: Any) -> list[Any]:
@@ -426,13 +425,13 @@ def codes(monitor: kc.Monitor) -> set[tuple[str, str]]:
 
 
 def test_a_healthy_run_is_silent(caplog):
-    monitor, _ = monitored(30, damping=0.01, trust_region=kc.KLClip(1e-3))
+    monitor, _ = monitored(13, every=4, damping=0.01, trust_region=kc.KLClip(1e-3))
     assert codes(monitor) == set()
     assert not caplog.records
 
 
 def test_a_damping_that_hides_the_fisher_is_found(caplog):
-    monitor, _ = monitored(20, damping=1e3)
+    monitor, _ = monitored(3, damping=1e3)
     assert codes(monitor) == {("acts-as-sgd", "0"), ("acts-as-sgd", "2")}
     said = [record.message for record in caplog.records if "acts as SGD" in record.message]
     assert len(said) == 1
