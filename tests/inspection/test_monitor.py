@@ -485,6 +485,27 @@ def test_numbers_that_are_not_finite_are_found():
     assert ("not-finite", "2") not in codes(monitor)
 
 
+def test_an_overflow_that_a_gradient_scaler_skips_is_no_finding():
+    """Of a fused optimizer, which knows on the device; at a step that takes in no factors."""
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    kfac = kc.KFAC(model, criterion, damping=0.1, schedule=kc.Schedule(factors=2, inverses=2))
+    kfac.attach(optimizer)
+    monitor = kc.Monitor(kfac, every=1)
+    for overflow, (inputs, labels) in zip((0.0, 1.0), batches(2), strict=True):
+        optimizer.zero_grad()
+        criterion(model(inputs), labels).backward()
+        if overflow:
+            model[0].weight.grad[0, 0] = float("inf")
+        optimizer.grad_scale = torch.tensor(2.0, dtype=torch.float32)
+        optimizer.found_inf = torch.tensor(overflow, dtype=torch.float32)
+        optimizer.step()
+    monitor.flush()
+    assert monitor.readings[-1].step == 1
+    assert monitor.readings[-1].layers["0"]["gradient_norm"] == float("inf")
+    assert not [one for one in monitor.findings if one.code == "not-finite"]
+
+
 def test_captures_left_out_are_found():
     model, criterion = network(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
