@@ -36,7 +36,8 @@ def inspect(
 ) -> Report:
     """What the conditional Fisher says about each layer: numbers, a table, a page and advice.
 
-    What is inspected is left as it was. Before anything is computed its cost is said, in passes over the data (a
+    What is inspected is left as it was. Of a run on several ranks, whose layers are shared out, all of them call it.
+    Before anything is computed its cost is said, in passes over the data (a
     forward and a backward each): on standard error where progress is shown, else in the log, at INFO.
 
     Args:
