@@ -76,6 +76,7 @@ def add_inspect(commands: Any) -> None:
         "source", metavar="SOURCE", help="FACTORS.safetensors, or package.module:build_model, a module or what makes it"
     )
     parser.add_argument("--data", metavar="package.module:data", help="batches of the model, or a function of them")
+    parser.add_argument("--held-out", metavar="package.module:data", help="other batches to measure divergences on")
     parser.add_argument("--likelihood", metavar="NAME", help="of the model: categorical, bernoulli, gaussian ...")
     parser.add_argument("--level", choices=LEVELS, default="standard", help="how much to look at (default: standard)")
     parser.add_argument(
@@ -107,13 +108,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _source(arguments: argparse.Namespace) -> tuple[tuple[Any, ...], Options]:
     """What ``kc.inspect`` is to look at."""
-    options, source = Options(), arguments.source
+    source = arguments.source
     if Path(source).exists() or not NAMED.fullmatch(source):
-        if arguments.data or arguments.likelihood:
+        if arguments.data or arguments.likelihood or arguments.held_out:
             raise UsageError(f"--data and --likelihood are for package.module:build_model, and {source} is a file")
-        return (source,), options
+        return (source,), Options()
     if not (arguments.data and arguments.likelihood):
         raise UsageError(f"{source} is a model: give --data package.module:data and --likelihood NAME as well")
+    options = Options(held_out=named(arguments.held_out) if arguments.held_out else None)
     return (model_of(source), named(arguments.data), arguments.likelihood), options
 
 
