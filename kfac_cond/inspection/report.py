@@ -89,8 +89,8 @@ class Cost:
             forward was run.
         held_by_inverse: bytes of that inverse, measured; None where nothing was inverted.
         milliseconds: of making it, measured.
-        predicted_milliseconds: the operations, at the rate at which all layers together went: a layer that takes many
-            times as long is slow for another reason than its size.
+        predicted_milliseconds: the operations, at the rate of the middle one of those of all layers: a layer that takes
+            many times as long is slow for another reason than its size.
     """
 
     held: int
