@@ -8,7 +8,7 @@ from math import ceil, isfinite, log10
 import numpy as np
 
 from .report import Calibration
-from .spectra import Spectrum, damping_for
+from .spectra import Spectrum, damping_for, damping_for_trace
 
 POINTS = 61
 """Dampings of a grid: five for each factor of ten."""
@@ -39,4 +39,5 @@ def calibrated(spectra: Sequence[Spectrum]) -> Calibration:
         damping_for(spectra, 0.5),
         damping_for(spectra, 0.9),
         max(own) / min(own) if len(own) > 1 else None,
+        damping_for_trace(spectra, 0.9),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -151,6 +152,10 @@ class LayerReport:
         """The damping that keeps a share of it; see ``Spectrum.damping_for``."""
         return self._spectrum().damping_for(share)
 
+    def damping_for_trace(self, share: float) -> float:
+        """The damping that keeps a share of the trace; see ``Spectrum.damping_for_trace``."""
+        return self._spectrum().damping_for_trace(share)
+
     def share_below(self, damping: float) -> float:
         """The share of eigenvalues below the damping; see ``Spectrum.share_below``."""
         return self._spectrum().share_below(damping)
@@ -205,6 +210,7 @@ class Calibration:
         keeps_most: that keeps 90 % of it.
         layers_apart: the largest over the smallest of the layers' own dampings that keep 90 % of theirs; where it is
             large, no one damping serves all layers. None of fewer than two layers.
+        keeps_trace: the damping at which the Fisher, not the damping, decides directions of 90 % of the trace.
     """
 
     lambdas: tuple[float, ...]
@@ -214,6 +220,7 @@ class Calibration:
     keeps_half: float
     keeps_most: float
     layers_apart: float | None
+    keeps_trace: float = math.inf
 
 
 @dataclass(frozen=True, repr=False)

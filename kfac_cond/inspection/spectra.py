@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import ceil, inf, log, sqrt
 
@@ -145,6 +145,27 @@ class Spectrum:
         """
         return damping_for([self], share)
 
+    def trace_kept(self, damping: float) -> float:
+        """sum_i lambda_i^2 / (lambda_i + lambda) / tr F, from 1 to 0: the effective dimension weighted by curvature.
+
+        The share of the trace in directions that the Fisher decides; the many eigenvalues that are nearly nothing do
+        not count. 0 where F is zero.
+        """
+        added = self._checked(damping)
+        kept = self.values * (self.values / (self.values + added) if added else 1.0)
+        return _over(float(kept @ self.counts), self.trace)
+
+    def damping_for_trace(self, share: float) -> float:
+        """The damping at which the Fisher decides directions of a share of its trace, ``trace_kept`` = share.
+
+        Larger than ``damping_for`` where eigenvalues span many orders, as those of trained networks do: most of the
+        rank is then in eigenvalues that no step has a use for. Infinite where F is zero.
+
+        Raises:
+            ArgumentError: a share that is not between 0 and 1.
+        """
+        return damping_for_trace([self], share)
+
     def share_below(self, damping: float) -> float:
         """The share of the P eigenvalues that are smaller than the damping, from 0 to 1.
 
@@ -201,17 +222,27 @@ class Spectrum:
 
 def damping_for(spectra: Sequence[Spectrum], share: float) -> float:
     """The one damping that keeps a share of the effective dimension of all these layers together."""
+    return _damping_at(spectra, share, lambda one, damping: one.effective_dimension(damping))
+
+
+def damping_for_trace(spectra: Sequence[Spectrum], share: float) -> float:
+    """The one damping that keeps a share of the trace of all these layers together; see ``Spectrum``."""
+    return _damping_at(spectra, share, lambda one, damping: one.trace_kept(damping) * one.trace)
+
+
+def _damping_at(spectra: Sequence[Spectrum], share: float, kept: Callable[[Spectrum, float], float]) -> float:
+    """The damping at which a share is kept of what is kept at none."""
     if not (is_number(share) and 0.0 < share < 1.0):
         raise ArgumentError(f"damping_for(share={share!r}): expected a number between 0 and 1, say 0.9")
-    aim = share * sum(one.rank for one in spectra)
+    aim = share * sum(kept(one, 0.0) for one in spectra)
     if aim == 0.0:
         return inf
     largest = max(one.largest for one in spectra)
 
     def above(logarithm: float) -> float:
-        return sum(one.effective_dimension(largest * 10.0**logarithm) for one in spectra) - aim
+        return sum(kept(one, largest * 10.0**logarithm) for one in spectra) - aim
 
-    # d_eff falls with the damping: at one this small it is all of the rank, at one this large nearly nothing.
+    # It falls with the damping: at one this small it is all there is, at one this large nearly nothing.
     low, high = -1.0, 1.0
     while above(low) < 0.0 and low > -290.0:
         low *= 2.0

@@ -157,6 +157,7 @@ def test_dampings_of_the_whole_are_those_of_all_eigenvalues(model: nn.Module, da
     assert found.rank == int((e > 0).sum())
     for share, damping in ((0.5, found.keeps_half), (0.9, found.keeps_most)):
         assert float((e / (e + damping)).sum()) == pytest.approx(share * found.rank, rel=1e-6)
+    assert float((e * e / (e + found.keeps_trace)).sum()) == pytest.approx(0.9 * float(e.sum()), rel=1e-6)
     own = [layer.damping_for(0.9) for layer in report.values()]
     assert found.layers_apart == pytest.approx(max(own) / min(own))
     assert found.lambdas[-1] / 10 < float(e.max()) <= found.lambdas[-1]
