@@ -47,12 +47,15 @@ class ApproximationError:
     error. No unit. Cost: two forwards, two backwards a draw, then N^2 draws^2 (d_in + d_out) for one position.
 
     Args:
-        kfac, ekfac, diagonal: the errors of 'kfac', of 'ekfac' in the eigenbasis of as many other draws (one of the
-            same would fit their noise, and seem too good), of 'diagonal'; 0 where the estimate of the square is
-            negative. Where 'kfac' is no linear function of the moments (norms, and parameters by themselves), it is
-            that of one draw.
-        kfac_standard_error, ekfac_standard_error, diagonal_standard_error: of them, by leaving out one draw at a time;
-            0 of the exact expectation, None of two draws.
+        kfac: the error of 'kfac'; 0 where the estimate of its square is negative. Where that is no linear function of
+            moments (norms, and parameters by themselves), it is the error of one draw's.
+        ekfac: that of 'ekfac' likewise, in the eigenbasis of as many other draws: one of the same draws would fit their
+            noise, and seem too good.
+        diagonal: that of 'diagonal' likewise.
+        kfac_standard_error: of the error of 'kfac', by leaving out one draw at a time; 0 of the exact expectation, None
+            of two draws.
+        ekfac_standard_error: of that of 'ekfac' likewise.
+        diagonal_standard_error: of that of 'diagonal' likewise.
         independence_gap: tr A tr G / ((1/M) sum_n E|V_n|^2), the trace of 'kfac' over the exact one: 1 where inputs and
             gradients are uncorrelated in size; less where the positions of an example add up.
         gap_standard_error: of it.

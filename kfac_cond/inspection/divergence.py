@@ -70,8 +70,11 @@ class WholeKL:
     Args:
         predicted: the sum over layers, as of a block-diagonal F.
         decrease: of the mean loss, likewise.
-        measured, ratio, remainder, held_out: of all layers moved together, so that what couples them is in it.
+        measured: of all layers moved together, so that what couples them is in it; so are the next, but for the scale.
+        ratio: measured over predicted.
         scale: of all layers, each moved by itself, their divergences added up.
+        remainder: relative error of the second order.
+        held_out: measured on other data; None without them.
         labels: whose labels the gradient is at, that the update came from: 'data', 'model' or 'given'.
         damping: of the update; None where it was handed in.
     """

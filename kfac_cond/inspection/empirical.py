@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from glob import escape
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from ..structures import Block, Fisher
 from .gradients import cosine, mean_gradient, metric_of, of_layer
 from .overlap import side_overlaps, top_overlap
 
+OF_ALL = ("dense", "implicit", "low_rank")
+"""Structures whose block is not of one layer."""
+
 PASSES = 3.0
 """The empirical Fisher, whose backward goes example by example at some layers, about two; the gradient, one."""
 
@@ -25,7 +29,8 @@ class AgainstEmpirical:
     """A layer's conditional block F beside its empirical one E, of the same data and in the same structure.
 
     E = (1/M) sum_n grad l_n grad l_n^T at the data labels. It is F where the labels are as the model says they are, and
-    with the loss it goes to zero, which F does not.
+    with the loss it goes to zero, which F does not. Of an F that is the moving average of a running job, E is of the
+    data at hand all the same: what has moved since is in the numbers too.
 
     Args:
         trace_ratio: tr E / tr F, no unit. Above 1 the labels surprise the model more than it expects, below 1 less;
@@ -84,9 +89,10 @@ def measure(
     """
     options = options or Options()
     structure = fisher.meta.get("structure", "kfac")
-    empirical = estimate(
-        model, data, likelihood, structure=structure, kind="empirical", options=replace(options, draws=None)
-    )
+    # Of no more layers than are compared; a Fisher of all parameters at once has none by name.
+    layers = None if structure in OF_ALL else [escape(name) for name in fisher]
+    wanted = replace(options, draws=None, layers=layers, partial=None)
+    empirical = estimate(model, data, likelihood, structure=structure, kind="empirical", options=wanted)
     if gradient is None:
         gradient = mean_gradient(model, data, likelihood, picks=options.data)
     missing = [name for name in fisher if name not in empirical]

@@ -43,29 +43,40 @@ function breakable(name) {
   return made;
 }
 
-/** Nested numbers as rows of [label, text]; lists of numbers in one row. */
+/** Nested numbers as rows of [label, text]; short lists in one row, and a value with its error. */
 function rowsOf(section, label = "") {
   const words = (key) => `${label} ${key}`.trim().replaceAll("_", " ");
   return Object.entries(section).flatMap(([key, value]) => {
-    if (value === null || value === undefined) return [];
+    if (value === null || value === undefined || value === "") return [];
     if (Array.isArray(value)) {
-      if (value.length === 0) return [];
-      if (value.some((one) => one !== null && typeof one === "object")) return [];
-      const shown = value.slice(0, 8).map(written).join(", ");
-      return [[words(key), value.length > 8 ? `${shown} … (${value.length})` : shown]];
+      const short = value.length > 0 && value.length <= 12 && value.every((one) => typeof one !== "object");
+      return short ? [[words(key), value.map(written).join(", ")]] : [];
+    }
+    if (isNumber(value.value) && isNumber(value.error)) {
+      return [[words(key), `${written(value.value)} ± ${written(value.error)}`]];
     }
     return typeof value === "object" ? rowsOf(value, words(key)) : [[words(key), written(value)]];
   });
 }
 
-/** A panel of rows under a heading; none where there is nothing to say. */
-function panel(title, rows) {
+/** Titles of the panels whose meanings are open, which stay so from layer to layer. */
+const opened = new Set();
+
+/** A panel of rows under a heading, with what they mean; none where there is nothing to say. */
+function panel(title, rows, meanings = []) {
   if (rows.length === 0) return null;
   const body = element("tbody");
   for (const [label, text] of rows) {
     body.append(element("tr", {}, [element("th", { scope: "row", textContent: label }), element("td", { textContent: text })]));
   }
-  return element("div", { className: "panel" }, [element("h3", { textContent: title }), element("table", {}, [body])]);
+  const made = element("div", { className: "panel" }, [element("h3", { textContent: title }), element("table", {}, [body])]);
+  if (meanings.length) {
+    const terms = meanings.flatMap(([term, text]) => [element("dt", { textContent: term }), element("dd", { textContent: text })]);
+    const meant = element("details", { open: opened.has(title) }, [element("summary", { textContent: "What these are" }), element("dl", {}, terms)]);
+    meant.addEventListener("toggle", () => (meant.open ? opened.add(title) : opened.delete(title)));
+    made.append(meant);
+  }
+  return made;
 }
 
 /** A table of numbers beside a picture. */
