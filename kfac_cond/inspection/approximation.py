@@ -47,9 +47,9 @@ class ApproximationError:
     error. No unit. Cost: two forwards, two backwards a draw, then N^2 draws^2 (d_in + d_out) for one position.
 
     Args:
-        kfac: the error of 'kfac'; 0 where the estimate of its square is negative. Where that is no linear function of
-            moments (norms, and parameters by themselves), it is the error of one draw's.
-        ekfac: that of 'ekfac' likewise, in the eigenbasis of as many other draws: one of the same draws would fit their
+        kfac: the error of 'kfac'; 0 where the estimate of its square is negative. Where 'kfac' is no linear function of
+            the moments (norms, and parameters by themselves), it is that of one draw.
+        ekfac: that of 'ekfac' likewise, in the eigenbasis of as many other draws: one of the same would fit their
             noise, and seem too good.
         diagonal: that of 'diagonal' likewise.
         kfac_standard_error: of the error of 'kfac', by leaving out one draw at a time; 0 of the exact expectation, None
