@@ -36,9 +36,9 @@ def inspect(
 ) -> Report:
     """What the conditional Fisher says about each layer: numbers, a table, a page and advice.
 
-    What is inspected is left as it was. Of a run on several ranks, whose layers are shared out, all of them call it.
-    Before anything is computed its cost is said, in passes over the data (a
-    forward and a backward each): on standard error where progress is shown, else in the log, at INFO.
+    What is inspected is left as it was. Before anything is computed its cost is said, in passes over the data (a
+    forward and a backward each): on standard error where progress is shown, else in the log, at INFO. Of a job on
+    several ranks, whose layers are shared out among them, all call it.
 
     Args:
         source: a model; a ``kc.KFAC`` in a running job, whose moving averages are taken as they are; a ``kc.Fisher``;

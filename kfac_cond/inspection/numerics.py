@@ -10,12 +10,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..costs import Costing, factor_bytes, inverse_bytes, refresh_flops
+from ..costs import Costing, capture_flops, factor_bytes, inverse_bytes, refresh_flops
 from ..errors import NumericalError
 from ..layers.layer import Layer
 from ..linalg.sides import Diagonal
 from ..structures import Block, KroneckerBlock
 from ..structures.stacked import StackedBlock
+from ..uses import Used
 from .report import Cost, Numerics
 from .spectra import Spectrum
 
@@ -41,12 +42,13 @@ def numerics_of(block: Block, spectrum: Spectrum, *, failures: int | None = None
     return Numerics(max(map(_asymmetry, matrices), default=0.0), spectrum.negative, failures=failures)
 
 
-def cost_of(block: Block, layer: Layer | None) -> Cost:
+def cost_of(block: Block, layer: Layer | None, used: Used | None = None) -> Cost:
     """What a layer's block takes up, and what training it would cost by its shapes; nothing is computed.
 
     Args:
         block: of the layer.
         layer: of a model; None where only the block is known.
+        used: what a forward used of it; None where none was run.
     """
     if layer is None:
         return Cost(_bytes(block))
@@ -55,6 +57,7 @@ def cost_of(block: Block, layer: Layer | None) -> Cost:
         factor_bytes=factor_bytes(layer, EXACT),
         inverse_bytes=inverse_bytes(layer, EXACT),
         refresh_flops=refresh_flops(layer, EXACT),
+        capture_flops=capture_flops(layer, used.rows, used.examples, used.saved) if used else None,
     )
 
 

@@ -62,7 +62,8 @@ class Work:
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)
-        costs = {name: cost_of(block, self._known.layers.get(name)) for name, block in self.fisher.items()}
+        layers, used = self._known.layers, self._known.used
+        costs = {name: cost_of(block, layers.get(name), used.get(name)) for name, block in self.fisher.items()}
         if invert and self.at > 0.0 and spectra:
             warmed_up(self.fisher[next(iter(spectra))])
             for name in meter.each(spectra, "inverses"):
