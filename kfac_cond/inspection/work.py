@@ -11,7 +11,7 @@ from ..errors import ArgumentError, KFACError, NumericalError
 from ..structures import Fisher
 from .calibration import calibrated
 from .meter import Meter
-from .numerics import cost_of, inverted, numerics_of, with_predictions
+from .numerics import cost_of, inverted, numerics_of, warmed_up, with_predictions
 from .report import Counts, LayerReport, Report, Whole
 from .sections import Job, Section
 from .sources import Known, copied
@@ -63,7 +63,8 @@ class Work:
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)
         costs = {name: cost_of(block, self._known.layers.get(name)) for name, block in self.fisher.items()}
-        if invert and self.at > 0.0:
+        if invert and self.at > 0.0 and spectra:
+            warmed_up(self.fisher[next(iter(spectra))])
             for name in meter.each(spectra, "inverses"):
                 found = self._of_layers[name]
                 try:
@@ -113,6 +114,7 @@ class Work:
             sum(float(self.fisher[one.name].trace()) if one.spectrum is None else one.spectrum.trace for one in every),
             None if self.damping is None else sum(one.effective_dimension(self.damping) for one in spectra),
             self._known.covered,
+            self._known.uncovered,
             **self._of_whole,
         )
         meta.pop("counts", None)
