@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import spectra
+from kfac_cond.inspection import eigenvalues
 from kfac_cond.inspection.spectra import Spectrum, log_histogram, spectrum_of
 from kfac_cond.layers.layout import WeightLayout
 from kfac_cond.structures import LowRankBlock
@@ -224,8 +224,8 @@ def test_many_eigenvalues_are_taken_together_to_the_stated_precision(
     layout = WeightLayout("w", None, (d_out * len(A), d_in), groups=len(A))
     block = kc.KroneckerBlock(layout, A if groups else A[0], G if groups else G[0])
     exact = spectrum_of(block)
-    monkeypatch.setattr(spectra, "EXACT", 0)
-    monkeypatch.setattr(spectra, "AT_ONCE", 128)
+    monkeypatch.setattr(eigenvalues, "EXACT", 0)
+    monkeypatch.setattr(eigenvalues, "AT_ONCE", 128)
     found = spectrum_of(block)
     assert len(found.values) < len(exact.values)
     assert (np.diff(found.values) <= 0).all()
@@ -239,7 +239,7 @@ def test_many_eigenvalues_are_taken_together_to_the_stated_precision(
 
 
 def test_zeros_are_counted_where_many_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectra, "EXACT", 0)
+    monkeypatch.setattr(eigenvalues, "EXACT", 0)
     found = kronecker(torch.diag((torch.arange(100) < 90) * 1.0), torch.eye(3))
     assert (found.rank, found.size, found.smallest, found.trace) == (270, 300, 0.0, 270.0)
 
