@@ -27,6 +27,8 @@ from .errors import (
 from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
+from .inspection import Comparison, Finding, Report, compare, inspect, plots
+from .inspection.monitor import Monitor
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -87,6 +89,7 @@ __all__ = [
     "Block",
     "CaptureError",
     "Categorical",
+    "Comparison",
     "Coverage",
     "CoverageError",
     "Damping",
@@ -96,6 +99,7 @@ __all__ = [
     "Direction",
     "EigenBlock",
     "FactorDamping",
+    "Finding",
     "Fisher",
     "FromDistribution",
     "Gamma",
@@ -116,6 +120,7 @@ __all__ = [
     "LowRankBlock",
     "MixtureDensity",
     "ModelChangedError",
+    "Monitor",
     "Multinomial",
     "MultivariateGaussian",
     "NaturalGradient",
@@ -131,6 +136,7 @@ __all__ = [
     "Product",
     "QuadraticModel",
     "RankError",
+    "Report",
     "SamplingError",
     "Schedule",
     "StateError",
@@ -139,13 +145,16 @@ __all__ = [
     "Tempered",
     "UnitWiseBlock",
     "VonMises",
+    "compare",
     "coverage",
     "detach",
     "estimate",
     "gram",
     "implicit",
+    "inspect",
     "load_checkpoint",
     "low_rank",
+    "plots",
     "register_layer",
     "save_checkpoint",
     "unregister_layer",

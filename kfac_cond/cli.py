@@ -1,4 +1,4 @@
-"""The command line: ``kfac-cond demo`` trains on embedded real data and compares optimizers."""
+"""The command line: a demonstration, and looks inside a model or saved factors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from . import __version__
+from .commands import add_coverage, add_inspect, positive
+from .compare_command import add_compare
 
 #: What the demo imports besides the library, and the name each is installed by.
 DEMO_REQUIRES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those it was called with.
 
     Returns:
-        The exit status: 0 done, 2 where something the command needs is missing or cannot be written, 130 interrupted.
+        The exit status: 0 done, 1 where what was asked for could not be done, 2 where something the command needs is
+        missing (for ``demo`` also where its folder cannot be written), 130 interrupted.
 
     Raises:
         SystemExit: from argparse, after ``--help``, ``--version`` (0) or wrong arguments (2).
@@ -50,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kfac-cond {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_inspect(commands)
+    add_coverage(commands)
+    add_compare(commands)
     return parser
 
 
@@ -67,12 +73,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--task", choices=("autoencoder", "classifier", "all"), default="all", help="what to train")
     parser.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=argparse.SUPPRESS,
         help="optimizer steps a run (default: the task's own)",
     )
-    parser.add_argument("--seeds", type=_positive, metavar="N", default=3, help="runs of each optimizer")
+    parser.add_argument("--seeds", type=positive, metavar="N", default=3, help="runs of each optimizer")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("demo-results"), help="where results are saved")
     parser.set_defaults(command=_demo)
 
@@ -121,19 +127,6 @@ def _importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-
-
-# -- arguments ---------------------------------------------------------------------------------------------------------
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number >= 1")
-    return number
 
 
 if __name__ == "__main__":

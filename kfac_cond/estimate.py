@@ -235,7 +235,7 @@ def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[
         if not any(_named(layer, [pattern]) for layer in found.values()):
             raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
     wanted = {
-        name: _limited(layer, options.max_factor_dim)
+        name: limited(layer, options.max_factor_dim)
         for name, layer in found.items()
         if patterns is None or _named(layer, patterns)
     }
@@ -264,7 +264,7 @@ def _named(layer: Layer, patterns: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
-def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:
+def limited(layer: Layer, max_factor_dim: int | None) -> Layer:
     """The layer with a largest side, where its own rule says none."""
     if layer.rule.max_factor_dim is not None:
         return layer

@@ -17,7 +17,7 @@ from .costs import in_parts
 from .damping import DampingNow
 from .distributed import Ranks
 from .health import Flags, Health
-from .layers.layer import Layer, draws_needed, storage_of
+from .layers.layer import Layer, draws_needed, storage_of, waiting_for_draws
 from .layers.summed import IDENTITIES, Bases, EigenSquares
 from .linalg.ladder import Rung, read_status
 from .state import inverse_state, loaded_inverse
@@ -81,6 +81,11 @@ class Factors:
         self._refreshed: list[str] = []
         #: The factors that inverses were made of, (A, G) with one head, where it is looked at how far they have moved.
         self.references: dict[str, tuple[Tensor, Tensor]] = {}
+        #: The step at which each inverse was made of averages, on whatever rank; of one from an older state unknown.
+        self.made: dict[str, int] = {}
+        #: Of the last capture the number of examples, and of positions by layer, on the device.
+        self.examples: int | None = None
+        self.positions: dict[str, Tensor] = {}
 
     @classmethod
     def empty(cls, layers: Mapping[str, Layer], weights: tuple[float, ...], *, patience: int) -> Factors:
@@ -108,6 +113,8 @@ class Factors:
     def add(self, statistics: Statistics, flags: Flags, *, decay: float, step: int) -> None:
         """Bring one capture into the averages."""
         self.health.add(flags)
+        self.examples = statistics.examples
+        self.positions = {name: sums.A_count for name, sums in statistics.layers.items()}
         self.average.update(statistics, decay=decay, step=step)
         # Every rank takes part in the capture of every layer.
         self._elsewhere = self.layers.keys() - self.average.G_weight.keys()
@@ -143,6 +150,7 @@ class Factors:
         self.inverted = kept | rungs.keys()
         self._unused = set(self.ready) - self.inverted
         self._refreshed = list(rungs)
+        self.made |= dict.fromkeys((name for name, rung in rungs.items() if rung != Rung.PREVIOUS), damping.step)
         # Before what failed may stop the run: the averages are in the bases of these.
         self.rescale(damping, ranks)
         self.health.climbed(rungs)
@@ -196,6 +204,7 @@ class Factors:
         if not ranks.layout.replicated:
             self._take_bases(due, ranks)
         self._stale |= self.bases.keys() & set(due)
+        self.made |= dict.fromkeys(due, damping.step)
 
     def remember(self) -> None:
         """Keep copies of what the inverses that are new since the last call were made of."""
@@ -303,7 +312,7 @@ class Factors:
         fresh._unused = self._unused - changed
         fresh._stale = self._stale & fresh.bases.keys()
         fresh.references = {name: pair for name, pair in self.references.items() if name in fresh.inverses}
-        return fresh
+        return fresh._knowing(self, without=changed)
 
     def with_those(self, names: Iterable[str], *, of: Factors) -> Factors:
         """The same, but of these layers what ``of`` has."""
@@ -314,6 +323,7 @@ class Factors:
         inverses = self.inverses | {name: inverse for name, inverse in of.inverses.items() if name in taken}
         found = Factors(self.layers, self.average, self.health, inverses)
         found.references = self.references | {name: pair for name, pair in of.references.items() if name in taken}
+        found.made = self.made | {name: step for name, step in of.made.items() if name in taken}
         return found
 
     def whole(self, ranks: Ranks) -> Factors:
@@ -345,7 +355,7 @@ class Factors:
             self.health.told(name, entry["noted"])
         found = Factors(self.layers, average, self.health, inverses, bases=self.bases)
         found.references, found._stale = references, set(self._stale)
-        return found
+        return found._knowing(self)
 
     def placed(self, ranks: Ranks) -> Factors:
         """What this rank has of it; all must be here before."""
@@ -365,7 +375,13 @@ class Factors:
         )
         found.references = {name: pair for name, pair in self.references.items() if name in kept}
         found._stale = set(self._stale)
-        return found
+        return found._knowing(self)
+
+    def _knowing(self, of: Factors, *, without: Container[str] = ()) -> Factors:
+        """The same, with what is known of when the inverses of others were made, and of the last capture."""
+        self.made = {name: step for name, step in of.made.items() if name in self.layers and name not in without}
+        self.examples, self.positions = of.examples, dict(of.positions)
+        return self
 
     def metrics(self) -> dict[str, int]:
         """What failed or waits, as numbers for a logger."""
@@ -381,7 +397,7 @@ class Factors:
         return [
             f"factors of {len(self.ready)}, inverses of {len(self.inverted)} of {len(self.layers)} layers; "
             f"{self.health.skipped_captures} captures left out",
-            *_waiting_for_draws(self.layers, self.inverted),
+            *waiting_for_draws(self.layers, self.inverted),
         ]
 
 
@@ -390,15 +406,3 @@ def _relative_change(new: Tensor, old: Tensor) -> Tensor:
     scale = torch.linalg.vector_norm(old)
     change: Tensor = torch.linalg.vector_norm(new - old) / torch.where(scale > 0, scale, 1)
     return change
-
-
-def _waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:
-    """A line on the layers that need several draws, where there are any, and how many of them are ready."""
-    needed = draws_needed(layers)
-    if not needed:
-        return []
-    number = sum(name in ready for name in needed)
-    return [
-        f"{len(needed)} parameters in the universal form, {number} of them preconditioned: each has its plain gradient "
-        f"until {max(needed.values())} effective draws are in"
-    ]

@@ -12,7 +12,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from .likelihoods import Categorical, Elementwise, Likelihood, events
+from .likelihoods import Categorical, Elementwise, Likelihood, Tempered, events
 
 
 class OutputFisher(Protocol):
@@ -106,6 +106,44 @@ def root_transposed_times(likelihood: Likelihood, outputs: Tensor, tangents: Ten
     # Weighted as outputs are: S works within an event, and kappa is one number for it.
     weighted = likelihood.weighted(events.widened(tangents), outputs)
     return _root_transposed_times(likelihood, outputs, events.to_events(weighted, axes))
+
+
+def fisher_diagonal(likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    """The diagonal of H of each term times its weight kappa, zero at invalid terms.
+
+    Args:
+        likelihood: bound to the batch.
+        outputs: what parametrises p, without its graph.
+
+    Returns:
+        [*terms, E], in float32 at least.
+    """
+    axes, wide = likelihood.event_axes(outputs), events.widened(outputs)
+    diagonal = events.from_events(_fisher_diagonal(likelihood, wide), axes, likelihood.event_shape(outputs))
+    # Twice: each multiplies by the root of kappa.
+    return events.to_events(likelihood.weighted(likelihood.weighted(diagonal, wide), wide), axes)
+
+
+@singledispatch
+def _fisher_diagonal(likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    """[*terms, E]."""
+    return likelihood.fisher_sqrt(outputs).square().sum(-1)
+
+
+@_fisher_diagonal.register
+def _(likelihood: Elementwise, outputs: Tensor) -> Tensor:
+    return likelihood._information(likelihood._events(outputs))
+
+
+@_fisher_diagonal.register
+def _(likelihood: Categorical, outputs: Tensor) -> Tensor:
+    p = likelihood._probabilities(outputs)
+    return p * (1 - p)
+
+
+@_fisher_diagonal.register
+def _(likelihood: Tempered, outputs: Tensor) -> Tensor:
+    return _fisher_diagonal(likelihood.likelihood, outputs / likelihood.temperature) / likelihood.temperature**2
 
 
 @singledispatch

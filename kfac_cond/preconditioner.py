@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .schedules import Clock, Schedule
 from .sharing import Shared
 from .structures import Fisher
 from .trust_region import TrustRegion, as_trust_region
+from .watching import Step, Watcher, watched
 from .wrapping import Wrapped, refuse_wrapped
 
 Outputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -119,6 +121,8 @@ class KFAC:
         self._intake.watch(self.layers)
         self._shared = Shared(self._wrapped, self._intake.slots, lambda: self.damping.rule, self.schedule)
         self._refreshes = Refreshes(self.schedule)
+        #: Who looks on at every step.
+        self.watchers: list[Watcher] = []
 
     # -- what it knows ------------------------------------------------------------------------------------------------
 
@@ -382,7 +386,9 @@ class KFAC:
         gradients = {name: found for name in names if (found := gradients_of(self.layers[name]))}
         if not gradients:
             return False
-        with without_autocast(self.layers[next(iter(gradients))].device):
+        refreshing = partial(self._refreshes.at, self._shared, self._clock.at_most)
+        now = Step(self._clock.at_most, gradients, rates, grad_scale, self._shared, refreshing)
+        with without_autocast(self.layers[next(iter(gradients))].device), watched(self.watchers, now):
             if not self._clock.taken_in:
                 self._take_in()
             self._apart.update(name for name in self._intake.missing if name in gradients)
@@ -395,6 +401,10 @@ class KFAC:
         self._clock.advance(skipped)
         self._intake.capture.forget()
 
+    def damping_now(self) -> DampingNow:
+        """The damping of this step, layer by layer."""
+        return DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
+
     def _take_in(self) -> None:
         """Bring a due step's capture into the average, and refresh the inverses where due."""
         if self._factors_due():
@@ -402,7 +412,7 @@ class KFAC:
         # What may be refused is asked for before anything changes.
         decay = self.schedule.decay_at(self._clock.at_most) if self._intake.pending else 0.0
         self.damping.at(self._clock.at_most)
-        damping = DampingNow(self.damping, self._clock.at_most, self._attachments.dampings())
+        damping = self.damping_now()
         captured = self._intake.take()
         if captured is not None:
             for name in captured.functional:

@@ -119,7 +119,7 @@ class Shared:
         missing = loaded.unmatched.missing_keys
         before = self._brought_together() if missing else self.factors
         whole = Factors(self._wrapped.layers, loaded.average, loaded.health, loaded.inverses)
-        whole.references = loaded.references
+        whole.references, whole.made = loaded.references, loaded.made
         self._place(whole.with_those(missing, of=before))
 
     def table(self, world: int | None) -> PlanTable:

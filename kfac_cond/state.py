@@ -51,6 +51,7 @@ class Kept(Protocol):
     average: MovingAverage
     inverses: dict[str, Block]
     references: dict[str, tuple[Tensor, Tensor]]
+    made: dict[str, int]
     health: Health
 
 
@@ -74,6 +75,7 @@ class Loaded:
     average: MovingAverage
     inverses: dict[str, Block]
     references: dict[str, tuple[Tensor, Tensor]]
+    made: dict[str, int]
     health: Health
     gathered: tuple[Statistics, Flags] | None
     draws: Draws
@@ -148,6 +150,7 @@ def _layer_state(name: str, factors: Kept) -> dict[str, Any]:
         "average": {key: tensor.clone() for key, tensor in factors.average.layer_state(name).items()},
         "inverse": inverse_state(factors.inverses.get(name)),
         **({} if reference is None else {"reference": dict(zip("AG", reference, strict=True))}),
+        **({"made": factors.made[name]} if name in factors.made else {}),
     }
 
 
@@ -180,6 +183,7 @@ def load(
     average = MovingAverage(layers, slots.weights, draws_needed(layers), storage_of(layers))
     inverses: dict[str, Block] = {}
     references: dict[str, tuple[Tensor, Tensor]] = {}
+    made: dict[str, int] = {}
     for name, layer in shared.items():
         entry = _layer_entry(name, layer, entries[name])
         average.load_layer(
@@ -191,13 +195,15 @@ def load(
         if "reference" in entry:
             placed = _placed(name, layer, entry["reference"], Slots())
             references[name] = placed["A"], placed["G"]
+        if "made" in entry:
+            made[name] = int(entry["made"])
     health = Health(layers, patience=patience)
     health.load_state(_paired(saved, "health"), shared)
     step, draws = int(saved["step"]), Draws(int(saved["seed"]), rank=ranks.rank)
     if _is_own(saved, ranks):
         draws.load_state(_paired(saved, "draws"))
     gathered = _loaded_gathered(shared, saved["gathered"][0], slots) if len(saved["gathered"]) else None
-    return Loaded(unmatched, average, inverses, references, health, gathered, draws, step)
+    return Loaded(unmatched, average, inverses, references, made, health, gathered, draws, step)
 
 
 def _is_own(saved: Mapping[str, Any], ranks: Ranks) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -235,3 +235,15 @@ def layers_by_module(layers: Mapping[str, Layer]) -> dict[nn.Module, dict[str, L
 def draws_needed(layers: Mapping[str, Layer]) -> dict[str, int]:
     """The layers that need more than one draw of labels before they are preconditioned, with how many."""
     return {name: layer.kind.draws_needed for name, layer in layers.items() if layer.kind.draws_needed > 1}
+
+
+def waiting_for_draws(layers: Mapping[str, Layer], ready: Container[str]) -> list[str]:
+    """A line on the layers that need several draws, where there are any, and how many of them are ready."""
+    needed = draws_needed(layers)
+    if not needed:
+        return []
+    number = sum(name in ready for name in needed)
+    return [
+        f"{len(needed)} parameters in the universal form, {number} of them preconditioned: each has its plain gradient "
+        f"until {max(needed.values())} effective draws are in"
+    ]
