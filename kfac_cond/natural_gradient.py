@@ -129,18 +129,8 @@ class NaturalGradient(Optimizer):
         objective = self._objective
         _refuse_autocast(objective.device)
         objective.l2 = self.param_groups[0]["l2"]
-        if callable(inputs) and targets is None:
-            batch, found = Overhearing(objective, self._hear).run(inputs)
-            gradient, again = objective.left_behind(), lambda: objective.called_again(inputs)
-        else:
-            batch = Batch.of(inputs, targets)
-            found, heads = objective.here(batch)
-            self._hear(heads)
-            gradient, again = objective.gradient(found), lambda: objective.again(batch)
-        loss = objective.value(found)
-        del found
-        self._steps.step(batch, gradient, loss, again)
-        return loss
+        with self._steps.at_the_iterate():
+            return self._step(inputs, targets)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused but for the one group there is: damping, rate and momentum are of all parameters together.
@@ -201,6 +191,21 @@ class NaturalGradient(Optimizer):
             self._kfac.load_state_dict(state_dict["kfac"])
         super().load_state_dict(plain)
         self._steps.load_state_dict(state_dict["steps"])
+
+    def _step(self, inputs: Any, targets: Any) -> Tensor:
+        objective = self._objective
+        if callable(inputs) and targets is None:
+            batch, found = Overhearing(objective, self._hear).run(inputs)
+            gradient, again = objective.left_behind(), lambda: objective.called_again(inputs)
+        else:
+            batch = Batch.of(inputs, targets)
+            found, heads = objective.here(batch)
+            self._hear(heads)
+            gradient, again = objective.gradient(found), lambda: objective.again(batch)
+        loss = objective.value(found)
+        del found
+        self._steps.step(batch, gradient, loss, again)
+        return loss
 
     def _hear(self, heads: tuple[Head, ...]) -> None:
         if self._kfac is not None:
