@@ -9,7 +9,6 @@ from typing import Any
 from .checks import is_damping, is_number, is_size
 from .errors import ArgumentError, StateError
 
-
 BEYOND = 1e-3
 """Of lambda, how far it falls on where the batch after a step gains little by it."""
 
@@ -144,7 +143,7 @@ class LevenbergMarquardt:
             if fresh > 3 * self.fresh:
                 self._turn = 0.0
             elif fresh <= self.fresh:
-                self._turn = self._turn or self.value
+                self._turn = self._turn or float(self.value)
             floor = min(BEYOND * self._turn, self.value)
             self.start(max(self.value * omega, floor))
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 BELOW, ABOVE = 0.25, 0.75
 """Averages begin where the next batch gained less of what was predicted than the one, and end above the other."""
 
-POWER = 8
-"""Of the weights of iterates: the k-th counts as k to that power, and the average lags by a tenth of its steps."""
+POWER = 4
+"""Of the weights of iterates: the k-th counts as k to that power, and the average lags by a sixth of its steps."""
 
 
 class Smoothing:
