@@ -9,6 +9,9 @@ from typing import Any
 from .checks import is_damping, is_number, is_size
 from .errors import ArgumentError, StateError
 
+UP = 0.55
+"""Where a first lambda is between what gains half of the most, 0, and the curvature along the gradient, 1, in logarithms."""
+
 BEYOND = 1e-3
 """Of lambda, how far it falls on where the batch after a step gains little by it."""
 
@@ -242,16 +245,17 @@ def calibrated(
 ) -> float:
     """Find the lambda of a first step by taking it with several.
 
-    From ``start`` on lambda falls until two in a row gain no more, or by a model that is not fair. The largest that
-    gains half of the most is fast on that batch, and fits what is of that batch alone; at ``start`` the step is one of
-    gradient descent, which fits what many batches share. It goes on with the geometric mean of the two. Where the model
-    is not fair at the start lambda grows until it is.
+    From ``start`` on lambda falls, past those that gain no more, or by a model that is not fair: a step with little
+    damping may gain ten times what those between do. The largest that gains half of the most is fast on that batch, and
+    fits what is of that batch alone; at ``start`` the step is one of gradient descent, which fits what many batches
+    share. It goes on a little above the geometric mean of the two. Where the model is not fair at the start lambda
+    grows until it is.
 
     Args:
         trial: of lambda; gives the reduction ratio of its step, and what the step added to the objective.
         start: a lambda of the size of the curvature along the gradient.
         factor: between two of them.
-        limit: most trials.
+        limit: trials.
     """
     value = start
     ratio, change = trial(value)
@@ -261,18 +265,14 @@ def calibrated(
             if trial(value)[0] >= 0.25:
                 break
         return value
-    gains, worse = {value: change}, 0
+    gains = {value: change}
     for _ in range(limit - 1):
         value /= factor
         ratio, change = trial(value)
-        better = ratio >= 0.25 and change < min(gains.values())
-        worse = 0 if better else worse + 1
-        if better:
+        if ratio >= 0.25 and change < min(gains.values()):
             gains[value] = change
-        elif worse == 2:
-            break
     fast = max(value for value, change in gains.items() if change <= min(gains.values()) / 2)
-    return math.sqrt(start * fast)
+    return start**UP * fast ** (1 - UP)
 
 
 def _damping_in(saved: Mapping[str, Any], symbol: str) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kfac_cond as kc
-from kfac_cond.adaptive import calibrated
+from kfac_cond.adaptive import UP, calibrated
 
 from .training import EVERY_STEP, batches, network, parameters_of
 
@@ -199,23 +199,23 @@ def valley(best: float, worst_below: float = 0.0):
 def test_trials_go_down_to_what_gains_the_most(best):
     """Of those that gain half as much the largest, a tenth away they gain a tenth here; halfway from there up."""
     trial, tried = valley(best)
-    assert calibrated(trial, 1e3) == pytest.approx(math.sqrt(1e3 * best))
-    assert tried[-1] == pytest.approx(max(best / 100, 1e-4))
+    assert calibrated(trial, 1e3) == pytest.approx(1e3**UP * best ** (1 - UP))
+    assert tried[-1] == pytest.approx(1e-4)
 
 
 def test_it_goes_on_halfway_to_the_largest_that_gains_half_of_the_most():
     gains = {100.0: -1.0, 10.0: -4.9, 1.0: -5.1, 0.1: -9.0, 0.01: -10.0, 0.001: -9.0, 0.0001: -9.5}
-    assert calibrated(lambda value: (0.6, gains[round(value, 6)]), 100.0) == pytest.approx(10.0)
+    assert calibrated(lambda value: (0.6, gains.get(round(value, 6), 0.0)), 100.0) == pytest.approx(100**UP)
 
 
 def test_a_model_that_is_not_fair_is_no_lambda():
     trials = {100.0: (0.9, -1.0), 10.0: (0.3, -2.0), 1.0: (0.2, -50.0), 0.1: (0.1, -60.0)}
-    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(100.0)
+    assert calibrated(lambda value: trials.get(round(value, 6), (0.1, -70.0)), 100.0) == pytest.approx(100.0)
 
 
-def test_one_that_gains_nothing_is_stepped_over():
+def test_those_that_gain_nothing_are_stepped_over():
     trials = {100.0: (0.9, -1.0), 10.0: (0.2, -0.5), 1.0: (0.6, -50.0), 0.1: (0.7, -40.0), 0.01: (0.7, -30.0)}
-    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(10.0)
+    assert calibrated(lambda value: trials.get(round(value, 6), (0.7, 0.0)), 100.0) == pytest.approx(100**UP)
 
 
 def test_a_start_that_is_too_bold_goes_up():
