@@ -10,7 +10,7 @@ from .checks import is_damping, is_number, is_size
 from .errors import ArgumentError, StateError
 
 UP = 0.55
-"""Where a first lambda is between what gains half of the most, 0, and the curvature along the gradient, 1, in logarithms."""
+"""Where a first lambda is, by logarithm, from what gains half of the most, 0, to the curvature along the gradient, 1."""
 
 BEYOND = 1e-3
 """Of lambda, how far it falls on where the batch after a step gains little by it."""
@@ -165,8 +165,8 @@ class LevenbergMarquardt:
             StateError: it is not that.
         """
         value = _damping_in(saved, "lambda")
-        sums = [saved.get(name) for name in ("added", "predicted", "turn")]
-        if not all(isinstance(one, float) for one in sums):
+        sums = [one for one in map(saved.get, ("added", "predicted", "turn")) if isinstance(one, float)]
+        if len(sums) < 3:
             raise StateError(f"the state of lambda has the sums {sums}: expected three numbers, the file is damaged")
         self._value = value
         self._added, self._predicted, self._turn = sums
@@ -272,7 +272,7 @@ def calibrated(
         if ratio >= 0.25 and change < min(gains.values()):
             gains[value] = change
     fast = max(value for value, change in gains.items() if change <= min(gains.values()) / 2)
-    return start**UP * fast ** (1 - UP)
+    return fast * math.pow(start / fast, UP)
 
 
 def _damping_in(saved: Mapping[str, Any], symbol: str) -> float | None:
