@@ -10,7 +10,7 @@ from .checks import is_damping, is_number, is_size
 from .errors import ArgumentError, StateError
 
 UP = 0.55
-"""Where a first lambda is, by logarithm, from what gains half of the most, 0, to the curvature along the gradient, 1."""
+"""Where a first lambda is, by logarithm, between what gains half of the most and the curvature along the gradient."""
 
 BEYOND = 1e-3
 """Of lambda, how far it falls on where the batch after a step gains little by it."""
