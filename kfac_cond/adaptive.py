@@ -9,6 +9,12 @@ from typing import Any
 from .checks import is_damping, is_number, is_size
 from .errors import ArgumentError, StateError
 
+UP = 0.55
+"""Where a first lambda is, by logarithm, between what gains half of the most and the curvature along the gradient."""
+
+BEYOND = 1e-3
+"""Of lambda, how far it falls on where the batch after a step gains little by it."""
+
 
 class LevenbergMarquardt:
     """lambda from the reduction ratio rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0)).
@@ -18,8 +24,10 @@ class LevenbergMarquardt:
     rho < 1/4. After a step that was taken back it is multiplied by ``growth``.
 
     Two losses of one batch say nothing of the others: where batches are small or noisy every step looks good on its
-    own, and lambda would fall to where it does harm. So it falls only where the next batch gained by the steps as well,
-    which the model of that batch says of the step before, g^T delta_0 - 1/2 delta_0^T (F + eta I) delta_0, at no cost.
+    own, and lambda would fall to where it does harm. So it falls freely only while the next batch gains by the steps as
+    well, which the model of that batch says of the step before, g^T delta_0 - 1/2 delta_0^T (F + eta I) delta_0, at no
+    cost. Once that is less than ``fresh`` of what was predicted it falls to a thousandth of what it was, and stays
+    until it is three times as much.
 
     It is a callable of the step, so that it is a damping for ``kc.KFAC`` too: there the loop measures the two losses,
     and calls ``update(rho)``.
@@ -33,7 +41,7 @@ class LevenbergMarquardt:
         decay: the factor of one step.
         growth: of a step that was taken back.
         fresh: the share of what steps were predicted to gain that the batch after each must have gained, for lambda to
-            fall; minus infinity to leave that out. On one and the same batch it is near 1.
+            fall freely; minus infinity to leave that out. On one and the same batch it is near 1.
         least: of lambda at the least.
         most: at the most.
 
@@ -77,6 +85,8 @@ class LevenbergMarquardt:
         self.decay, self.growth, self.least, self.most = decay, growth, least, most
         self.fresh = fresh
         self._value = initial
+        #: lambda when the next batch first gained too little; 0 while it gains enough.
+        self._turn = 0.0
         #: Sums since the last change: what steps added to the objective of the batch after theirs, and of their own.
         self._added, self._predicted = 0.0, 0.0
 
@@ -132,8 +142,13 @@ class LevenbergMarquardt:
         self._added, self._predicted = 0.0, 0.0
         if not ratio >= 0.25:
             self.start(self.value / omega)
-        elif ratio > 0.75 and fresh > self.fresh:
-            self.start(self.value * omega)
+        elif ratio > 0.75:
+            if fresh > 3 * self.fresh:
+                self._turn = 0.0
+            elif fresh <= self.fresh:
+                self._turn = self._turn or float(self.value)
+            floor = min(BEYOND * self._turn, self.value)
+            self.start(max(self.value * omega, floor))
 
     def reject(self) -> None:
         """A step was taken back."""
@@ -141,7 +156,7 @@ class LevenbergMarquardt:
 
     def state_dict(self) -> dict[str, Any]:
         """lambda, and what was seen since it last changed."""
-        return {"value": self._value, "added": self._added, "predicted": self._predicted}
+        return {"value": self._value, "added": self._added, "predicted": self._predicted, "turn": self._turn}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave.
@@ -150,12 +165,11 @@ class LevenbergMarquardt:
             StateError: it is not that.
         """
         value = _damping_in(saved, "lambda")
-        added, predicted = saved.get("added"), saved.get("predicted")
-        if not (isinstance(added, float) and isinstance(predicted, float)):
-            raise StateError(
-                f"the state of lambda has the sums {added!r}, {predicted!r}: expected two numbers, the file is damaged"
-            )
-        self._value, self._added, self._predicted = value, added, predicted
+        sums = [one for one in map(saved.get, ("added", "predicted", "turn")) if isinstance(one, float)]
+        if len(sums) < 3:
+            raise StateError(f"the state of lambda has the sums {sums}: expected three numbers, the file is damaged")
+        self._value = value
+        self._added, self._predicted, self._turn = sums
 
     def __repr__(self) -> str:
         value = "to be found" if self._value is None else f"{self._value:g}"
@@ -231,15 +245,17 @@ def calibrated(
 ) -> float:
     """Find the lambda of a first step by taking it with several.
 
-    From ``start`` on lambda falls until two in a row gain no more, or by a model that is not fair. It goes on with the
-    largest that gains half of the most: what the boldest gains is in part of that batch alone. Where the model is not
-    fair at the start lambda grows until it is.
+    From ``start`` on lambda falls, past those that gain no more, or by a model that is not fair: a step with little
+    damping may gain ten times what those between do. The largest that gains half of the most is fast on that batch, and
+    fits what is of that batch alone; at ``start`` the step is one of gradient descent, which fits what many batches
+    share. It goes on a little above the geometric mean of the two. Where the model is not fair at the start lambda
+    grows until it is.
 
     Args:
         trial: of lambda; gives the reduction ratio of its step, and what the step added to the objective.
         start: a lambda of the size of the curvature along the gradient.
         factor: between two of them.
-        limit: most trials.
+        limit: trials.
     """
     value = start
     ratio, change = trial(value)
@@ -249,17 +265,14 @@ def calibrated(
             if trial(value)[0] >= 0.25:
                 break
         return value
-    gains, worse = {value: change}, 0
+    gains = {value: change}
     for _ in range(limit - 1):
         value /= factor
         ratio, change = trial(value)
-        better = ratio >= 0.25 and change < min(gains.values())
-        worse = 0 if better else worse + 1
-        if better:
+        if ratio >= 0.25 and change < min(gains.values()):
             gains[value] = change
-        elif worse == 2:
-            break
-    return max(value for value, change in gains.items() if change <= min(gains.values()) / 2)
+    fast = max(value for value, change in gains.items() if change <= min(gains.values()) / 2)
+    return fast * math.pow(start / fast, UP)
 
 
 def _damping_in(saved: Mapping[str, Any], symbol: str) -> float | None:

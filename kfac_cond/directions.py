@@ -42,6 +42,8 @@ class Direction:
             the same in closed form through the Gram kernel, for few examples.
         share: of the batch's examples in products with the exact Fisher, at least 128 of them; 1 for all.
         burn_in: calls of ``step`` at the start that only take factors in, and leave the parameters as they are.
+        average: rho of the average of gradients that directions are of, once batches disagree on where to go; the
+            parameters are the average of their iterates then. 0 for neither.
         factor_damping: ``kc.FactorDamping`` for a gamma found by trying; None ties it, gamma^2 = lambda + eta.
         rules: settings by layer-name pattern, as of ``kc.KFAC``.
         iteration: tolerance and steps of conjugate gradients.
@@ -53,6 +55,7 @@ class Direction:
     name: str = "kfac"
     share: float = 0.25
     burn_in: int = 0
+    average: float = 0.7
     factor_damping: FactorDamping | None = None
     rules: Mapping[str, Mapping[str, Any]] | None = None
     iteration: Iteration = field(default_factory=partial(Iteration, tolerance=1e-4, limit=50))
@@ -64,6 +67,8 @@ class Direction:
             raise ArgumentError(f"Direction(share={self.share!r}): expected a number in (0, 1]")
         if not (is_whole(self.burn_in) and self.burn_in >= 0):
             raise ArgumentError(f"Direction(burn_in={self.burn_in!r}): expected a whole number >= 0")
+        if not (is_number(self.average) and 0 <= self.average < 1):
+            raise ArgumentError(f"Direction(average={self.average!r}): expected a number in [0, 1)")
         if not (self.factor_damping is None or isinstance(self.factor_damping, FactorDamping)):
             raise ArgumentError(
                 f"Direction(factor_damping={described(self.factor_damping)}): expected kc.FactorDamping(...), or None"

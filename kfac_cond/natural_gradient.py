@@ -25,7 +25,7 @@ from .stepping import Steps
 from .trust_region import Bound, as_bound
 
 FORMAT = "kfac_cond.NaturalGradient"
-VERSION = 1
+VERSION = 2
 
 DEFAULT = Schedule(factors=1, inverses=5, warmup=8)
 """The first averages change fast: inverses are made anew at the steps 0, 1, 2 and 4 too."""
@@ -38,6 +38,8 @@ class NaturalGradient(Optimizer):
     the step before, delta_0, it spans delta = alpha Delta + mu delta_0; alpha and mu minimise the quadratic model with
     the exact Fisher of the batch (one product with the Jacobian for each direction), damped by lambda + l2. lambda
     follows the reduction ratio. A step after which the loss of its own batch is higher, or not a number, is taken back.
+    Once batches disagree on where to go, Delta is of the gradient's average, and between steps the parameters hold the
+    average of their iterates.
 
     Args:
         model: the module to train, in one process.
@@ -118,7 +120,7 @@ class NaturalGradient(Optimizer):
             targets: the data labels, as the loss takes them.
 
         Returns:
-            The objective before the step, l2 term included, 0-d.
+            The objective before the step, l2 term included, 0-d; at the iterate, where parameters hold an average.
 
         Raises:
             ArgumentError: something else, or autocast.
@@ -129,18 +131,8 @@ class NaturalGradient(Optimizer):
         objective = self._objective
         _refuse_autocast(objective.device)
         objective.l2 = self.param_groups[0]["l2"]
-        if callable(inputs) and targets is None:
-            batch, found = Overhearing(objective, self._hear).run(inputs)
-            gradient, again = objective.left_behind(), lambda: objective.called_again(inputs)
-        else:
-            batch = Batch.of(inputs, targets)
-            found, heads = objective.here(batch)
-            self._hear(heads)
-            gradient, again = objective.gradient(found), lambda: objective.again(batch)
-        loss = objective.value(found)
-        del found
-        self._steps.step(batch, gradient, loss, again)
-        return loss
+        with self._steps.at_the_iterate():
+            return self._step(inputs, targets)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused but for the one group there is: damping, rate and momentum are of all parameters together.
@@ -161,7 +153,8 @@ class NaturalGradient(Optimizer):
 
         ``damping`` is lambda and ``gamma`` the root of what damps the preconditioner; ``rate`` and ``momentum`` are
         alpha and mu; ``ratio`` is the reduction ratio, NaN where the loss after the step was not looked at;
-        ``predicted`` what the step was predicted to add to the objective; ``rejected`` counts steps taken back.
+        ``predicted`` what the step was predicted to add to the objective; ``averaged`` counts steps since averages
+        began; ``rejected`` those taken back.
         """
         found = {} if self._kfac is None else self._kfac.metrics()
         found.pop("kfac/damping", None)
@@ -201,6 +194,21 @@ class NaturalGradient(Optimizer):
             self._kfac.load_state_dict(state_dict["kfac"])
         super().load_state_dict(plain)
         self._steps.load_state_dict(state_dict["steps"])
+
+    def _step(self, inputs: Any, targets: Any) -> Tensor:
+        objective = self._objective
+        if callable(inputs) and targets is None:
+            batch, found = Overhearing(objective, self._hear).run(inputs)
+            gradient, again = objective.left_behind(), lambda: objective.called_again(inputs)
+        else:
+            batch = Batch.of(inputs, targets)
+            found, heads = objective.here(batch)
+            self._hear(heads)
+            gradient, again = objective.gradient(found), lambda: objective.again(batch)
+        loss = objective.value(found)
+        del found
+        self._steps.step(batch, gradient, loss, again)
+        return loss
 
     def _hear(self, heads: tuple[Head, ...]) -> None:
         if self._kfac is not None:

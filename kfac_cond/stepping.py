@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .batches import Batch
 from .directions import Direction, Preconditioner, Tensors, solver_of
 from .objective import Objective
 from .quadratic import QuadraticModel, inner, quadratic_model
+from .smoothing import Smoothing
 from .trust_region import Bound
 
 LEAST_EXAMPLES = 128
@@ -74,6 +76,7 @@ class Steps:
         self.damping, self.trust_region = damping, trust_region
         self._solver = solver_of(direction, objective, kfac)
         self._state = state
+        self.smoothing = Smoothing(direction.average, objective.tensors, state)
         #: Calls of ``step``, and steps that were taken back.
         self.steps, self.rejected = 0, 0
         #: Whether lambda is one that was given or found, and not the scale that trials begin at.
@@ -94,6 +97,7 @@ class Steps:
             "calibrated": self.calibrated,
             "stale": self.stale,
             "predicted": self.predicted,
+            "averaged": self.smoothing.count,
             "last": dict(self.last),
             "damping": self.damping.state_dict(),
             "factor_damping": {} if own is None else own.state_dict(),
@@ -106,7 +110,7 @@ class Steps:
             self.direction.factor_damping.load_state_dict(saved["factor_damping"])
         self.steps, self.rejected = int(saved["steps"]), int(saved["rejected"])
         self.stale, self.predicted = bool(saved["stale"]), float(saved["predicted"])
-        self.calibrated = bool(saved["calibrated"])
+        self.calibrated, self.smoothing.count = bool(saved["calibrated"]), int(saved["averaged"])
         self.last = {str(key): float(value) for key, value in saved["last"].items()}
 
     @property
@@ -119,6 +123,11 @@ class Steps:
         """The root of what damps the preconditioner: tied, or its own."""
         own, tied = self.direction.factor_damping, math.sqrt(self._added)
         return tied if own is None else own.at(tied)
+
+    def at_the_iterate(self) -> AbstractContextManager[None]:
+        """Have the parameters hold the last iterate within, and after it the average where there is one."""
+        rejected = self.rejected
+        return self.smoothing.at_the_iterate(lambda: self.rejected == rejected)
 
     @torch.no_grad()
     def step(self, batch: Batch, gradient: Tensors, loss: Tensor, again: Callable[[], Tensor]) -> None:
@@ -173,7 +182,7 @@ class Steps:
 
     def _modelled(self, part: Batch, gradient: Tensors) -> tuple[list[Tensors], QuadraticModel, Tensor]:
         """The directions of this step, the model in their span, and where in it to go."""
-        directions = self._solver.directions(gradient, part, self._added)
+        directions = self._solver.directions(self.smoothing.smooth(gradient), part, self._added)
         before = [self._state()[p].get("previous") for p in self.objective.tensors]
         if all(one is not None for one in before):
             directions.append(before)
@@ -192,10 +201,11 @@ class Steps:
         found = self._read(model, coefficients, loss, self._looked(trial, again) if looks else loss)
         if self._momentous:
             self.damping.saw(found.fresh, self.predicted)
+        fresh = self.damping.fresh_ratio
         # Below the round-off of the losses nothing is said.
         noise = 10 * torch.finfo(loss.dtype).eps * abs(found.before)
         length, usable = 1.0, math.isfinite(found.before)
-        self.last = {"damping": self.damping.value, "gamma": self.gamma, "fresh": self.damping.fresh_ratio}
+        self.last = {"damping": self.damping.value, "gamma": self.gamma, "fresh": fresh}
         self.last |= {"rate": found.rate, "momentum": found.momentum, "predicted": found.predicted}
         self.last |= {"ratio": found.ratio if looks else math.nan}
         if not (usable and found.after <= found.before + noise):
@@ -207,6 +217,9 @@ class Steps:
         self.last["length"] = length
         self.predicted = length * found.slope + length**2 * (found.predicted - found.slope)
         self._keep(trial, length)
+        if self.damping.due(self.steps):
+            self.smoothing.judge(fresh)
+        self.last["averaged"] = self.smoothing.count
 
     @property
     def _momentous(self) -> bool:
@@ -231,6 +244,8 @@ class Steps:
         if length == 0.0:
             self._take_back(trial)
             self.rejected += 1
+        else:
+            self.smoothing.keep()
 
     def _shortened(self, trial: Trial, found: Outcome, again: Callable[[], Tensor]) -> float:
         """Find a shorter step the same way that does not raise the loss; 0 where there is none.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kfac_cond as kc
-from kfac_cond.adaptive import calibrated
+from kfac_cond.adaptive import UP, calibrated
 
 from .training import EVERY_STEP, batches, network, parameters_of
 
@@ -34,16 +34,35 @@ def test_lambda_follows_the_ratio(ratio, factor):
     assert rule.value == pytest.approx(2.0 * factor)
 
 
-@pytest.mark.parametrize(("added", "factor"), [(2.0, 1.0), (0.0, 1.0), (-0.24, 1.0), (-0.26, OMEGA), (-2.0, OMEGA)])
-def test_lambda_falls_only_where_the_next_batch_gains_too(added, factor):
+@pytest.mark.parametrize(("added", "free"), [(2.0, False), (0.0, False), (-0.24, False), (-0.26, True), (-2.0, True)])
+def test_lambda_falls_to_a_thousandth_where_the_next_batch_gains_little(added, free):
     rule = kc.LevenbergMarquardt(2.0)
-    rule.saw(added / 2, -0.5)
-    rule.saw(added / 2, -0.5)
-    rule.saw(math.nan, -1.0)
+    for _ in range(60):
+        rule.saw(added / 2, -0.5)
+        rule.saw(added / 2, -0.5)
+        rule.saw(math.nan, -1.0)
+        rule.update(1.0)
+    assert rule.value == pytest.approx(2.0 * OMEGA**60 if free else 2e-3)
     rule.update(1.0)
-    assert rule.value == pytest.approx(2.0 * factor)
-    rule.update(1.0)
-    assert rule.value == pytest.approx(2.0 * factor * OMEGA)
+    assert rule.value == pytest.approx(2.0 * OMEGA**61 if free else 2e-3 * OMEGA)
+
+
+@pytest.mark.parametrize(("later", "free"), [(0.74, False), (0.76, True)])
+def test_what_the_next_batch_gains_later_sets_it_free(later, free):
+    rule = kc.LevenbergMarquardt(2.0)
+    for fresh in (0.24, *[later] * 60):
+        rule.saw(-fresh, -1.0)
+        rule.update(1.0)
+    assert rule.value == pytest.approx(2.0 * OMEGA**61 if free else 2e-3)
+
+
+def test_a_lambda_that_grew_again_falls_to_where_it_was():
+    """A thousandth of what it was when the next batch last gained, not of what it is."""
+    rule = kc.LevenbergMarquardt(1.0)
+    for ratio in (*[1.0] * 10, *[0.0] * 20, *[1.0] * 100):
+        rule.saw(0.0, -1.0)
+        rule.update(ratio)
+    assert rule.value == pytest.approx(1e-3)
 
 
 def test_the_next_batch_may_be_left_out():
@@ -178,25 +197,25 @@ def valley(best: float, worst_below: float = 0.0):
 
 @pytest.mark.parametrize("best", [1e2, 1.0, 1e-2])
 def test_trials_go_down_to_what_gains_the_most(best):
-    """Of those that gain half as much the largest; a tenth away they gain a tenth here."""
+    """Of those that gain half as much the largest, a tenth away they gain a tenth here; halfway from there up."""
     trial, tried = valley(best)
-    assert calibrated(trial, 1e3) == pytest.approx(best)
-    assert tried[-1] == pytest.approx(max(best / 100, 1e-4))
+    assert calibrated(trial, 1e3) == pytest.approx(1e3**UP * best ** (1 - UP))
+    assert tried[-1] == pytest.approx(1e-4)
 
 
-def test_the_largest_that_gains_half_of_the_most_goes_on():
+def test_it_goes_on_halfway_to_the_largest_that_gains_half_of_the_most():
     gains = {100.0: -1.0, 10.0: -4.9, 1.0: -5.1, 0.1: -9.0, 0.01: -10.0, 0.001: -9.0, 0.0001: -9.5}
-    assert calibrated(lambda value: (0.6, gains[round(value, 6)]), 100.0) == pytest.approx(1.0)
+    assert calibrated(lambda value: (0.6, gains.get(round(value, 6), 0.0)), 100.0) == pytest.approx(100**UP)
 
 
 def test_a_model_that_is_not_fair_is_no_lambda():
     trials = {100.0: (0.9, -1.0), 10.0: (0.3, -2.0), 1.0: (0.2, -50.0), 0.1: (0.1, -60.0)}
-    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(100.0)
+    assert calibrated(lambda value: trials.get(round(value, 6), (0.1, -70.0)), 100.0) == pytest.approx(100.0)
 
 
-def test_one_that_gains_nothing_is_stepped_over():
+def test_those_that_gain_nothing_are_stepped_over():
     trials = {100.0: (0.9, -1.0), 10.0: (0.2, -0.5), 1.0: (0.6, -50.0), 0.1: (0.7, -40.0), 0.01: (0.7, -30.0)}
-    assert calibrated(lambda value: trials[round(value, 6)], 100.0) == pytest.approx(1.0)
+    assert calibrated(lambda value: trials.get(round(value, 6), (0.7, 0.0)), 100.0) == pytest.approx(100**UP)
 
 
 def test_a_start_that_is_too_bold_goes_up():
@@ -211,7 +230,7 @@ def test_there_is_an_end_to_trials():
     assert len(tried) == 8
 
 
-@pytest.mark.parametrize("lost", ["added", "predicted"])
+@pytest.mark.parametrize("lost", ["added", "predicted", "turn"])
 def test_a_state_without_its_sums_is_refused_and_changes_nothing(lost):
     rule = kc.LevenbergMarquardt(3.0)
     before = rule.state_dict()
