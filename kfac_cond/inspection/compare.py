@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 
 from ..checks import described, is_damping, is_size
 from ..errors import ArgumentError
-from ..files import replaced
 from ..structures import Block, Fisher
 from .distances import bures, fisher_overlap, in_double
 from .moves import WeightChange, change_of, weights_of
 from .overlap import TOP, side_overlaps, top_overlap
-from .plain import finite, plain
+from .plain import plain, written
 from .report import Report
 from .spectra import Spectrum, damping_for, spectrum_of
 
@@ -170,11 +168,7 @@ class Comparison(Mapping[str, LayerComparison]):
         Args:
             path: of a file to write as well.
         """
-        text = json.dumps(finite(self.to_dict()), allow_nan=False, indent=1)
-        if path is not None:
-            with replaced(path) as file:
-                file.write_text(text + "\n", encoding="utf-8")
-        return text
+        return written(self.to_dict(), path)
 
     def __repr__(self) -> str:
         from .comparison_text import comparison_text

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
+
+from ..files import replaced
 
 
 def plain(value: Any) -> Any:
@@ -45,3 +49,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def written(tree: Any, path: str | os.PathLike[str] | None = None) -> str:
+    """A tree as JSON, numbers that are not finite as null; into a file as well where there is a path."""
+    text = json.dumps(finite(tree), allow_nan=False, indent=1)
+    if path is not None:
+        with replaced(path) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from ..files import replaced
 from ..structures import Fisher
 from ..structures.sampling import Estimated, LayerError
-from .plain import finite, flat, plain
+from .plain import flat, plain, written
 from .spectra import Spectrum, log_histogram
 
 if TYPE_CHECKING:
@@ -342,11 +340,7 @@ class Report(Mapping[str, LayerReport]):
         Args:
             path: of a file to write as well.
         """
-        text = json.dumps(finite(self.to_dict()), allow_nan=False, indent=1)
-        if path is not None:
-            with replaced(path) as file:
-                file.write_text(text + "\n", encoding="utf-8")
-        return text
+        return written(self.to_dict(), path)
 
     def to_pandas(self) -> Any:
         """A row for each layer, a column for each number, named by its section ('spectrum.trace'); a DataFrame."""
