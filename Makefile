@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 TEST_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -10,8 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/demo
 	$(BIN)/kfac-cond demo $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
 
+# One thread a worker: of two that share cores each would wait for the other's.
 test: .venv/test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TEST_ARGS)
 
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS) || test $$? -eq 5  # 5: no test carries the marker
