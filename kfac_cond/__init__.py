@@ -28,6 +28,7 @@ from .estimate import estimate
 from .grafting import Graft
 from .implicit import Gram, gram, implicit, low_rank
 from .inspection import Comparison, Finding, Report, compare, inspect, plots
+from .inspection.monitor import Monitor
 from .layers import LayerKind, register_layer, unregister_layer
 from .likelihoods import (
     Bernoulli,
@@ -119,6 +120,7 @@ __all__ = [
     "LowRankBlock",
     "MixtureDensity",
     "ModelChangedError",
+    "Monitor",
     "Multinomial",
     "MultivariateGaussian",
     "NaturalGradient",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -385,7 +386,8 @@ class KFAC:
         gradients = {name: found for name in names if (found := gradients_of(self.layers[name]))}
         if not gradients:
             return False
-        now = Step(self._clock.at_most, gradients, rates, grad_scale, self._shared)
+        refreshing = partial(self._refreshes.at, self._shared, self._clock.at_most)
+        now = Step(self._clock.at_most, gradients, rates, grad_scale, self._shared, refreshing)
         with without_autocast(self.layers[next(iter(gradients))].device), watched(self.watchers, now):
             if not self._clock.taken_in:
                 self._take_in()

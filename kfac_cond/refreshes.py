@@ -49,6 +49,12 @@ class Refreshes:
             shared.refresh_unread(own, damping)
         shared.rescale(damping)
 
+    def at(self, shared: Shared, step: int) -> set[str]:
+        """The layers that may be refreshed at a step; nothing is read."""
+        everything = self._of_all or self._change is not None or self._schedule.warming(step)
+        due = everything and self._schedule.inverses_due(step)
+        return set(shared.layers if due else self._own(shared, step))
+
     def _own(self, shared: Shared, step: int) -> list[str]:
         """The layers that have this step for their own, found anew where the layers are others than before."""
         if self._layers is not shared.layers:

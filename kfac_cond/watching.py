@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +22,7 @@ class Step:
         rates: learning rates by the parameter's identity.
         grad_scale: what a gradient scaler multiplied the gradients with.
         shared: has the layers, their averages and inverses, and the ranks.
+        refreshing: the layers whose inverses may be made anew.
     """
 
     number: int
@@ -29,6 +30,7 @@ class Step:
     rates: Mapping[int, float | Tensor]
     grad_scale: Tensor | None
     shared: Shared
+    refreshing: Callable[[], set[str]]
 
 
 class Watcher(Protocol):

@@ -143,8 +143,9 @@ def kept_dimension(block: Trained, inverse: Block) -> Tensor | None:
             of_A, of_G = diagonals_in(block, (inverse.basis_A, inverse.basis_G))
             return einsum(of_G, inverse.values, of_A, "... o, ... o i, ... i ->")
         return None
-    same = isinstance(inverse, EigenBlock | DiagonalBlock) and type(inverse) is type(block)
-    return (block.values * inverse.values).sum() if same else None  # type: ignore[union-attr]
+    if isinstance(inverse, EigenBlock | DiagonalBlock) and type(inverse) is type(block):
+        return (block.values * inverse.values).sum()
+    return None
 
 
 def relative_residual(block: Trained, inverse: Block, damping: Tensor, v: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def relative_residual(block: Trained, inverse: Block, damping: Tensor, v: Tensor
     else:
         damped = block.matvec(v) + _wide(damping, v) * v
     length = torch.linalg.vector_norm(v)
-    distance = torch.linalg.vector_norm(inverse.matvec(damped) - v)
+    distance: Tensor = torch.linalg.vector_norm(inverse.matvec(damped) - v)
     return distance / torch.where(length > 0, length, 1)
 
 
