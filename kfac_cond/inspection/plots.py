@@ -49,7 +49,7 @@ def spectrum(layer: LayerReport | Spectrum, *, damping: float | None = None, ax:
         raise ArgumentError(f"layer '{layer.name}': the report has no spectrum of it, so there is nothing to draw")
     ax = _axes(ax)
     edges, counts = found.histogram()
-    ax.bar(edges[:-1], counts / counts.sum(), np.diff(edges), align="edge", label="block", color="C0", alpha=0.7)
+    ax.stairs(counts / counts.sum(), edges, label="block", color="C0", alpha=0.7, fill=True)
     for name, values, colour in (("A", found.A, "C1"), ("G", found.G, "C2")):
         if values is not None:
             heights, places = log_histogram(values)[::-1]

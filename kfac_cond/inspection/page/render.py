@@ -25,7 +25,8 @@ def save_page(html: str, path: str | os.PathLike[str]) -> None:
         OSError: the file could not be written; one that was there is left.
     """
     with replaced(path) as file:
-        file.write_text(html, encoding="utf-8", newline="\n")
+        # Half a surrogate pair in a name is no text that a file can hold.
+        file.write_text(html, encoding="utf-8", errors="replace", newline="\n")
 
 
 def report_page(report: Any) -> str:
