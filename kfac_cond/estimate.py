@@ -179,6 +179,8 @@ def _check(
 ) -> None:
     check_module(model)
     refuse_unfit(model)
+    if options.held_out is not None:
+        raise ArgumentError("Options(held_out=...) means nothing to an estimate: it is for kc.inspect")
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     mixed = any(word.name == "mixed" for word in words)
@@ -235,7 +237,7 @@ def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[
         if not any(_named(layer, [pattern]) for layer in found.values()):
             raise CoverageError(f"layers: '{pattern}' matches none of {', '.join(found) or 'no layers'}")
     wanted = {
-        name: _limited(layer, options.max_factor_dim)
+        name: limited(layer, options.max_factor_dim)
         for name, layer in found.items()
         if patterns is None or _named(layer, patterns)
     }
@@ -264,7 +266,7 @@ def _named(layer: Layer, patterns: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
-def _limited(layer: Layer, max_factor_dim: int | None) -> Layer:
+def limited(layer: Layer, max_factor_dim: int | None) -> Layer:
     """The layer with a largest side, where its own rule says none."""
     if layer.rule.max_factor_dim is not None:
         return layer

@@ -64,6 +64,8 @@ class Options:
         partial: path of a file in which the estimate notes how far it got, between batches. Where it is there, the same
             call goes on from it, to bitwise the same result; it is gone once the estimate is complete.
         data: where to find masks, positions and outputs in a batch.
+        held_out: batches that the Fisher does not come from, on which ``kc.inspect`` measures as well what the Fisher
+            predicts; an estimate has no use for them, and refuses them.
     """
 
     layers: str | Sequence[str] | None = None
@@ -74,6 +76,7 @@ class Options:
     progress: bool | None = None
     partial: str | PathLike[str] | None = None
     data: Data | None = None
+    held_out: Batches | None = None
 
     def __post_init__(self) -> None:
         patterns = [self.layers] if isinstance(self.layers, str) else self.layers

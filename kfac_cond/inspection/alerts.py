@@ -166,5 +166,5 @@ def in_words(findings: list[Finding], heard: set[Any]) -> Iterator[str]:
             heard.add((one.code, one.layer))
             fresh.setdefault(one.code, []).append(one)
     for several in fresh.values():
-        others = f" (and {len(several) - 1} layers more)" if len(several) > 1 else ""
+        others = f" (and so in {len(several) - 1} more)" if len(several) > 1 else ""
         yield f"{several[0].message}{others}: {several[0].advice}"

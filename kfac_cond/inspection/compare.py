@@ -229,7 +229,7 @@ def compare(
         only_in_a=tuple(name for name in first if name not in second),
         only_in_b=tuple(name for name in second if name not in first),
         notes=_notes(first.meta, second.meta),
-        meta={"a": first.meta, "b": second.meta},
+        meta={"a": _facts(first.meta), "b": _facts(second.meta)},
     )
 
 
@@ -332,6 +332,13 @@ def _check_shapes(first: Fisher, second: Fisher, names: list[str]) -> None:
                 f"layer '{name}' is {shapes[0]} in the first and {shapes[1]} in the second: expected the same layer in "
                 "both; leave it out of one with Options(layers=...) or a rule where it is another"
             )
+
+
+def _facts(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said of an estimate, and how much it saw."""
+    counts = meta.get("counts", {})
+    seen = {key: float(counts[key]) for key in ("examples", "terms") if key in counts}
+    return {key: value for key, value in meta.items() if isinstance(value, str | int | float)} | seen
 
 
 def _notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from glob import escape
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..options import Batches, Options
 from ..structures import Block, Fisher
 from .gradients import cosine, mean_gradient, metric_of, of_layer
 from .overlap import side_overlaps, top_overlap
+
+OF_ALL = ("dense", "implicit", "low_rank")
+"""Structures whose block is not of one layer."""
 
 PASSES = 3.0
 """The empirical Fisher, whose backward goes example by example at some layers, about two; the gradient, one."""
@@ -84,9 +88,10 @@ def measure(
     """
     options = options or Options()
     structure = fisher.meta.get("structure", "kfac")
-    empirical = estimate(
-        model, data, likelihood, structure=structure, kind="empirical", options=replace(options, draws=None)
-    )
+    # Of no more layers than are compared; a Fisher of all parameters at once has none by name.
+    layers = None if structure in OF_ALL else [escape(name) for name in fisher]
+    wanted = replace(options, draws=None, layers=layers, partial=None)
+    empirical = estimate(model, data, likelihood, structure=structure, kind="empirical", options=wanted)
     if gradient is None:
         gradient = mean_gradient(model, data, likelihood, picks=options.data)
     missing = [name for name in fisher if name not in empirical]

@@ -50,7 +50,8 @@ def inspect(
         samples: label draws a term; with 2 or more the error of drawing them is known.
         damping: lambda, in the units of F, that the report is read at; None takes that of a KFAC, and leaves it open
             elsewhere: what needs one then uses that which keeps 90 % of the effective dimension.
-        options: of the estimate, see ``kc.Options``; ``progress`` is that of the inspection.
+        options: see ``kc.Options``; ``progress`` is that of the inspection, ``held_out`` other batches, on which what
+            the Fisher predicts is measured as well.
 
     Returns:
         A ``Report``: a mapping from layer name to what was found of it. What could not be found is in
@@ -72,12 +73,13 @@ def inspect(
     """
     start = monotonic()
     options = settings_of(options, Options, "options")
-    _check(level, layers, samples, damping, options)
+    _check(level, layers, samples, damping, options, data)
     watched = None if data is None else Watched(data)
-    quiet = replace(options, progress=False)
+    quiet = replace(options, progress=False, held_out=None)
     given = source_of(source, watched, likelihood, layers=layers, samples=samples, options=quiet)
     sections = _sections(level, given, watched)
-    parts = {section.name: section.passes(Size(given.layers, samples)) for section in sections}
+    size = Size(given.layers, samples, options.held_out is not None)
+    parts = {section.name: section.passes(size) for section in sections}
     total = given.passes + sum(parts.values())
     meter = Meter(total, show=options.progress)
     _say(meter, level, given, parts)
@@ -88,8 +90,7 @@ def inspect(
             work = Work(given.fisher(), given.damping if damping is None else damping)
         with meter.stage("spectra", 0.0):
             work.look(given.known, meter, invert=level != "quick", seed=options.seed or 0)
-        plain = replace(quiet, partial=None, draws=None)
-        job = Job(given, watched, work.fisher, damping=work.at, samples=samples, options=plain)
+        job = Job(given, watched, work.fisher, damping=work.at, samples=samples, options=options)
         for section in sections:
             with meter.stage(section.name, parts[section.name]):
                 work.add(section, job)
@@ -129,7 +130,9 @@ def _say(meter: Meter, level: Level, given: Source, of_sections: Mapping[str, fl
     meter.say(text)
 
 
-def _check(level: str, layers: Patterns, samples: int, damping: float | None, options: Options) -> None:
+def _check(
+    level: str, layers: Patterns, samples: int, damping: float | None, options: Options, data: Batches | None
+) -> None:
     if level not in LEVELS:
         raise ArgumentError(f"level={level!r}: expected one of {', '.join(LEVELS)}")
     if not is_size(samples):
@@ -139,5 +142,9 @@ def _check(level: str, layers: Patterns, samples: int, damping: float | None, op
     patterns = [layers] if isinstance(layers, str) else layers
     if not (isinstance(patterns, Sequence) and patterns and all(isinstance(one, str) for one in patterns)):
         raise ArgumentError(f"layers={layers!r}: expected a pattern, or a list of patterns")
+    if options.held_out is not None and data is None:
+        raise ArgumentError(
+            "Options(held_out=...) without data: expected the batches that the Fisher comes from as well"
+        )
     if options.layers is not None and layers != "*":
         raise ArgumentError("layers are given twice, also by options: give them by layers= alone")

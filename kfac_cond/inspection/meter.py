@@ -92,9 +92,8 @@ class Meter:
     def stage(self, name: str, passes: float) -> Iterator[None]:
         """What is done next, and how many passes it takes."""
         self._end = self.done + passes
-        if self._bar is not None:
-            self._bar.update(self._task, description=name)
-        else:
+        self.note(name)
+        if self._bar is None:
             self.say(f"{name}: {self.done:.3g} of {self.total:.3g} passes done{self._left()}")
         yield
         self._to(self._end)
@@ -103,9 +102,13 @@ class Meter:
         """Iterate over layers within a stage, and say how far that is."""
         every = list(names)
         for number, name in enumerate(every, start=1):
-            if self._bar is not None:
-                self._bar.update(self._task, description=f"{what} {number}/{len(every)}")
+            self.note(f"{what} {number}/{len(every)}")
             yield name
+
+    def note(self, what: str) -> None:
+        """What is done at this moment of a stage."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
 
     def batch(self, data: Watched) -> None:
         """One batch more was gone through, in a stage that may go through them several times."""

@@ -23,7 +23,7 @@ from ..watching import Step
 from . import watched
 from .alerts import alerts, in_words
 from .findings import Finding
-from .readings import Arriving, Measured, Reading
+from .readings import ABSENT, Arriving, Measured, Reading
 
 logger = logging.getLogger("kfac_cond")
 
@@ -138,8 +138,9 @@ class Monitor:
         due = step.number % self.every == 0
         if step.number != self._step and (due or all(one.arrived for _, one in self._under_way)):
             self._deliver()
-        wanted = {name for name in step.refreshing() if name not in self._angles} & step.gradients.keys()
-        turning = {name for name in wanted if name in step.shared.factors.inverses}
+        # The same on every rank, whichever has the inverses: gradients of shards are brought together by all.
+        inverted = step.shared.factors.inverted & step.gradients.keys()
+        turning = {name for name in step.refreshing() if name in inverted and name not in self._angles}
         return self._looking(step, due=due, turning=turning) if due or turning else nullcontext()
 
     @contextmanager
@@ -158,7 +159,8 @@ class Monitor:
             g = watched.gradient_of(layer, before.pop(name), step.grad_scale)
             u = watched.gradient_of(layer, step.gradients[name], step.grad_scale)
             if name in old and factors.made.get(name) == step.number:
-                self._angles[name] = watched.angle(old.pop(name), u)
+                stale = old.pop(name)
+                self._angles[name] = u.new_full((), ABSENT) if stale is None else watched.angle(stale, u)
             if measured is not None:
                 self._measure(measured, layer, step, g, u)
         if measured is not None:
@@ -167,11 +169,12 @@ class Monitor:
                 measured.add(WHOLE, ("trust_region_scale",), {} if scale is None else {"trust_region_scale": scale})
             self._send(measured, step)
 
-    def _by_the_inverse_before(self, step: Step, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    @staticmethod
+    def _by_the_inverse_before(step: Step, name: str, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """The gradient as it would be preconditioned without this step's refresh; None where another rank does so."""
         g = watched.gradient_of(step.shared.layers[name], gradients, step.grad_scale)
         inverse = step.shared.factors.inverse_of(name, g)
-        assert inverse is not None
-        return inverse.matvec(g)
+        return None if inverse is None else inverse.matvec(g)
 
     def _begun(self, step: Step) -> Measured:
         """A reading of this step, which may have parts before."""

@@ -11,30 +11,31 @@ _Basis = tuple[Tensor, Tensor | None]
 """Eigenvalues and the eigenvectors in columns; None for the identity."""
 
 TOP = 10
-"""Dimensions of the subspaces that are compared, where both matrices have the rank."""
+"""Dimensions of the subspaces that are compared, where both matrices have the rank and twice as many dimensions."""
 
 
-def top_overlap(one: Block, other: Block, k: int = TOP) -> tuple[float | None, int]:
+def top_overlap(one: Block, other: Block, k: int | None = None) -> tuple[float | None, int]:
     """|U^T V|^2 / k of the k largest eigenvectors of each, from k / P for unrelated ones to 1; and k as it was used.
 
     Args:
         one, other: blocks of one layer, on whatever device.
-        k: at most; less where a block has a smaller rank. Where the k-th and the next eigenvalue are equal, the
+        k: at most; less where a block has a smaller rank. None for ``TOP``, or for half of all dimensions where that is
+            less: two subspaces of everything are always the same. Where the k-th and the next eigenvalue are equal, the
             subspace is any of several.
 
     Returns:
         (overlap, k); (None, 0) where a block is zero.
     """
-    k = min(k, one.layout.numel, other.layout.numel)
+    k = _dimensions(k, min(one.layout.numel, other.layout.numel))
     pairs = [block.top_eigenpairs(k) for block in (one, other)]
     k = min(_rank(values, max(one.layout.matrix_shape)) for values, _ in pairs)
     if k == 0:
         return None, 0
     left, right = (vectors[:k].flatten(1).to(pairs[0][1]) for _, vectors in pairs)
-    return float((left @ right.mT).square().sum() / k), k
+    return _share(left @ right.mT, k), k
 
 
-def side_overlaps(one: Block, other: Block, k: int = TOP) -> tuple[float | None, float | None]:
+def side_overlaps(one: Block, other: Block, k: int | None = None) -> tuple[float | None, float | None]:
     """The same of the sides A and of the sides G; with groups their mean.
 
     None where either block has no sides, or no factors that they came from, or a side is zero.
@@ -56,7 +57,7 @@ def _eigenbases(block: Block) -> tuple[_Basis | None, _Basis | None]:
     )
 
 
-def _of_sides(mine: _Basis | None, theirs: _Basis | None, k: int) -> float | None:
+def _of_sides(mine: _Basis | None, theirs: _Basis | None, k: int | None) -> float | None:
     if mine is None or theirs is None:
         return None
     found = [_of_group(a, b, k) for a, b in zip(_groups(*mine), _groups(*theirs), strict=True)]
@@ -64,12 +65,12 @@ def _of_sides(mine: _Basis | None, theirs: _Basis | None, k: int) -> float | Non
     return sum(known) / len(known) if known else None
 
 
-def _of_group(mine: _Basis, theirs: _Basis, k: int) -> float | None:
-    k = min(k, *(_rank(values, len(values)) for values, _ in (mine, theirs)))
+def _of_group(mine: _Basis, theirs: _Basis, k: int | None) -> float | None:
+    k = min(_dimensions(k, len(mine[0])), *(_rank(values, len(values)) for values, _ in (mine, theirs)))
     if k == 0:
         return None
     left, right = (_columns(*side, k) for side in (mine, theirs))
-    return float((left.mT @ right.to(left)).square().sum() / k)
+    return _share(left.mT @ right.to(left), k)
 
 
 def _groups(values: Tensor, basis: Tensor | None) -> list[_Basis]:
@@ -87,6 +88,15 @@ def _columns(values: Tensor, basis: Tensor | None, k: int) -> Tensor:
     found = values.new_zeros(len(values), k)
     found[largest, torch.arange(k, device=values.device)] = 1.0
     return found
+
+
+def _dimensions(k: int | None, size: int) -> int:
+    return min(TOP, max(1, size // 2)) if k is None else min(k, size)
+
+
+def _share(products: Tensor, k: int) -> float:
+    """The squares of all inner products over k; above 1 by round-off alone."""
+    return min(1.0, float(products.square().sum() / k))
 
 
 def _rank(values: Tensor, side: int) -> int:

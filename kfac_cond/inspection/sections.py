@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ..heads import Distribution
 from ..options import Options
 from ..structures import Fisher
-from . import divergence, empirical, sampling_check, signal, updates
+from . import approximation, divergence, empirical, off_diagonal, sampling_check, signal, updates
 from .meter import Watched
 from .proposals import Proposal, propose
 from .sources import Source
 
 Level = Literal["quick", "standard", "full"]
 LEVELS = ("quick", "standard", "full")
+PROBES = 4
+"""Random vectors of the check of block-diagonality."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Size:
     Args:
         layers: of the report.
         samples: label draws a term.
+        held_out: whether there are batches that F does not come from.
     """
 
     layers: int
     samples: int
+    held_out: bool = False
 
 
 class Job:
@@ -43,14 +47,16 @@ class Job:
         fisher: of the layers of the report.
         damping: lambda of the report; where none was given, the one that keeps 90 % of the effective dimension.
         samples: label draws a term.
-        options: of estimates; without progress of their own.
+        options: of the inspection.
     """
 
     def __init__(
         self, given: Source, data: Watched | None, fisher: Fisher, *, damping: float, samples: int, options: Options
     ) -> None:
         self.kfac, self.fisher, self.damping, self.samples = given.kfac, fisher, damping, samples
-        self.options = options
+        #: Of estimates, which show no progress of their own.
+        self.options = replace(options, progress=False, partial=None, draws=None, held_out=None)
+        self.held_out = options.held_out
         self._given, self._data = given, data
 
     @property
@@ -99,7 +105,9 @@ class Section:
 
 
 def _kl(job: Job) -> Found:
-    return divergence.measure(*job.over_data, job.fisher, proposal=job.proposal, options=job.options)
+    return divergence.measure(
+        *job.over_data, job.fisher, proposal=job.proposal, held_out=job.held_out, options=job.options
+    )
 
 
 def _sampling(job: Job) -> Found:
@@ -123,6 +131,14 @@ def _empirical(job: Job) -> Found:
     )
 
 
+def _approximation(job: Job) -> Found:
+    return None, approximation.measure(*job.over_data, job.fisher, samples=job.samples, options=job.options)
+
+
+def _block_diagonality(job: Job) -> Found:
+    return off_diagonal.measure(*job.over_data, job.fisher, probes=PROBES, options=job.options), {}
+
+
 def _staleness(job: Job) -> Found:
     # It knows what trains, which a job that is inspected has loaded already.
     from . import staleness
@@ -133,11 +149,19 @@ def _staleness(job: Job) -> Found:
 
 SECTIONS: tuple[Section, ...] = (
     # First, and with the one pass of the proposal that others have a use for.
-    Section("kl", "standard", lambda size: divergence.passes(size.layers), _kl),
+    Section("kl", "standard", lambda size: divergence.passes(size.layers, held_out=size.held_out), _kl),
     Section("sampling check", "standard", lambda size: sampling_check.PASSES, _sampling, whole="sampling"),
     Section("update", "standard", lambda size: 0.0, _update),
     Section("signal", "standard", lambda size: signal.PASSES, _signal),
     Section("empirical", "standard", lambda size: empirical.PASSES - updates.PASSES, _empirical),
+    Section("approximation", "full", lambda size: approximation.passes(size.samples), _approximation),
+    Section(
+        "block diagonality",
+        "full",
+        lambda size: off_diagonal.passes(PROBES),
+        _block_diagonality,
+        whole="block_diagonality",
+    ),
     Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
 )
 

@@ -207,9 +207,14 @@ def _chosen(fisher: Fisher, layers: Patterns) -> Fisher:
     names = {one for name, block in fisher.items() for one in _names(name, block.layout)}
     _require_matches(layers, names, fisher)
     wanted = [name for name, block in fisher.items() if _reaches(layers, name, block.layout)]
-    groups = [(share, {name: of[name].to(of[name].device) for name in wanted}) for share, of in fisher._groups]
-    # Copies: what is computed once and kept with a block is kept with these alone.
-    return Fisher({name: fisher[name].to(fisher[name].device) for name in wanted}, meta=fisher.meta, groups=groups)
+    return copied(fisher, wanted)
+
+
+def copied(fisher: Fisher, layers: Iterable[str]) -> Fisher:
+    """The same blocks of some layers without what was computed of them and kept; the tensors are shared."""
+    names = list(layers)
+    groups = [(share, {name: of[name].to(of[name].device) for name in names}) for share, of in fisher._groups]
+    return Fisher({name: fisher[name].to(fisher[name].device) for name in names}, meta=fisher.meta, groups=groups)
 
 
 def _names(name: str, layout: WeightLayout) -> set[str]:

@@ -50,7 +50,8 @@ class Staleness:
         effective_captures: (sum w)^2 / sum w^2 over the weights w of the moving average: (1 + rho) / (1 - rho) in the
             end.
         effective_examples: captures times the examples of the last one, over all ranks; None before one was seen.
-        effective_positions: captures times the positions of the layer in the last one; None likewise.
+        effective_positions: captures times the positions of the layer in the last one; None likewise, and of a layer
+            whose weight gradients are squared, which has none.
         dimension_A: side of A. Fewer positions than that leave A singular, and the damping decides.
         dimension_G: side of G likewise.
 
@@ -100,7 +101,8 @@ def measure(kfac: KFAC, *, gradient: Mapping[str, Tensor] | None = None) -> dict
             residual = float(relative_residual(block, old, damping, g))
         of_A, of_G = (None if share is None else float(share) for share in off_diagonal(block, old))
         captures = float(effective_captures(factors.average.A_weight[name], decay))
-        positions = factors.positions.get(name)
+        # Elsewhere it is backwards that are counted.
+        positions = factors.positions.get(name) if factors.layers[name].gradient_sums is None else None
         found[name] = Staleness(
             age=kfac._clock.at_most - factors.made[name] if name in factors.made else None,
             off_diagonal_A=of_A,

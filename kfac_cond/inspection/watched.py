@@ -83,7 +83,7 @@ def of_factors(
     captures = effective_captures(factors.average.A_weight[name], decay)
     if factors.examples is not None:
         found["effective_examples"] = captures * factors.examples
-    if name in factors.positions:
+    if layer.gradient_sums is None and name in factors.positions:
         found["effective_positions"] = captures * factors.positions[name].to(captures)
     if inverse is None:
         return found

@@ -14,7 +14,7 @@ from .meter import Meter
 from .numerics import cost_of, inverted, numerics_of, with_predictions
 from .report import Counts, LayerReport, Report, Whole
 from .sections import Job, Section
-from .sources import Known
+from .sources import Known, copied
 from .spectra import Spectrum, spectrum_of
 
 logger = logging.getLogger("kfac_cond")
@@ -74,6 +74,7 @@ class Work:
                     self._failed(f"the inverse of {name}", error)
         for name, cost in with_predictions(costs).items():
             self._of_layers[name]["cost"] = cost
+        meter.note("label draws")
         self._sampling()
 
     def add(self, section: Section, job: Job) -> None:
@@ -117,8 +118,10 @@ class Work:
         meta.pop("counts", None)
         if _number(counts.get("terms")) is not None:
             meta |= {"examples": counts.get("examples"), "terms": _number(counts["terms"])}
+        # Eigenbases that were needed in between are as large as the factors, and go.
+        fisher = copied(self.fisher, self.fisher)
         return Report(
-            layers, whole, meta={**facts, **meta}, damping=self.damping, fisher=self.fisher, problems=self.problems
+            layers, whole, meta={**facts, **meta}, damping=self.damping, fisher=fisher, problems=self.problems
         )
 
     def _spectra(self, meter: Meter) -> dict[str, Spectrum]:

@@ -202,8 +202,9 @@ def test_a_file_says_what_its_fisher_says(model: nn.Module, data: list[Tensor], 
 def test_what_is_computed_once_is_not_kept_with_the_fisher_given(model: nn.Module, data: list[Tensor]) -> None:
     fisher = kc.estimate(model, data, "categorical")
     held = set(vars(fisher["0"]))
-    kc.inspect(fisher, damping=0.1)
-    assert set(vars(fisher["0"])) == held
+    report = kc.inspect(fisher, damping=0.1)
+    assert set(vars(fisher["0"])) == set(vars(report.fisher["0"])) == held
+    assert report.fisher["0"].A is fisher["0"].A
 
 
 def test_a_layer_known_by_its_products_alone_is_named(model: nn.Module, data: list[Tensor]) -> None:

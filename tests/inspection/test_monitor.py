@@ -436,7 +436,7 @@ def test_a_damping_that_hides_the_fisher_is_found(caplog):
     assert codes(monitor) == {("acts-as-sgd", "0"), ("acts-as-sgd", "2")}
     said = [record.message for record in caplog.records if "acts as SGD" in record.message]
     assert len(said) == 1
-    assert "and 1 layers more" in said[0]
+    assert "and so in 1 more" in said[0]
 
 
 def test_a_step_too_large_is_found():

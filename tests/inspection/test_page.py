@@ -53,7 +53,7 @@ def test_numbers_of_an_island(value: Any, expected: Any) -> None:
 
 def test_names_in_the_page_are_escaped() -> None:
     report, _ = made_up(HOSTILE)
-    report.data["meta"]["model"] = HOSTILE[0]
+    report.data["meta"]["source"] = HOSTILE[0]
     html = report_page(report)
     for name in HOSTILE[:3]:
         assert name not in html

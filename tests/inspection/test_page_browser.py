@@ -147,7 +147,7 @@ def test_a_layer_is_opened_from_the_table_and_its_numbers_are_shown(browser: Bro
 
 def test_names_are_text_and_never_markup(browser: Browser, tmp_path: Path) -> None:
     report, _ = made_up(HOSTILE)
-    report.data["meta"]["model"] = HOSTILE[1]
+    report.data["meta"]["source"] = HOSTILE[1]
     report.data["problems"]["empirical"] = HOSTILE[0]
     opened(browser, report, tmp_path)
     browser.see_all()
@@ -203,6 +203,7 @@ def test_sections_that_a_report_lacks_are_left_out_with_a_reason(browser: Browse
     assert "Staleness: could not be measured: nothing is trained here" in said
 
 
+@pytest.mark.slow
 def test_five_hundred_layers_open_in_two_seconds(browser: Browser, tmp_path: Path) -> None:
     path = opened(browser, made_up(500)[0], tmp_path)
     times = []

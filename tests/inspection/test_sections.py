@@ -82,3 +82,22 @@ def test_a_job_has_its_staleness_without_data(model: nn.Module, data: list[tuple
 
 def test_what_a_proposal_costs_is_paid_once(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     assert {one.name: one.passes(Size(2, 4)) for one in SECTIONS}["update"] == 0.0
+
+
+def test_what_is_predicted_is_measured_on_held_out_batches_as_well(
+    model: nn.Module, data: list[tuple[Tensor, Tensor]]
+) -> None:
+    options = kc.Options(held_out=data[:1])
+    report = kc.inspect(model, data[1:], "categorical", options=options)
+    without = kc.inspect(model, data[1:], "categorical")
+    assert report.problems == {}
+    assert report["0"].kl.held_out is not None and without["0"].kl.held_out is None
+    assert report.meta["passes"] > without.meta["passes"]
+
+
+def test_held_out_batches_are_for_an_inspection_over_data(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    options = kc.Options(held_out=data)
+    with pytest.raises(kc.ArgumentError, match="means nothing to an estimate"):
+        kc.estimate(model, data, "categorical", options=options)
+    with pytest.raises(kc.ArgumentError, match="without data"):
+        kc.inspect(kc.estimate(model, data, "categorical"), options=options)

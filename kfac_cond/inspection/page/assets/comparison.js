@@ -27,13 +27,24 @@ function choose(index, goThere = true) {
   const row = rows[index];
   const { name, index: _, kind, severity, remark, shape, depth, weights: moved, ...numbers } = row;
   byId("layer-facts").textContent = `${name || "(the model itself)"}: ${sides(row)}, ${written(row.parameters)} parameters. ${remark}`;
-  const panels = [panel("The two blocks", rowsOf(numbers)), moved ? panel("The weights", rowsOf(moved)) : null];
+  const panels = [panel("The two blocks", inWords(numbers)), moved ? panel("The weights", inWords(moved)) : null];
   byId("layer-numbers").replaceChildren(...panels.filter(Boolean));
   table.mark(index);
   if (!goThere) return;
   byId("layer").scrollIntoView();
   byId("layer-facts").focus({ preventScroll: true });
 }
+
+const WORDS = {
+  start: "length of the weights of the first", norm: "length of the change d", relative: "one over the other",
+  forgetting: "½ dᵀ F d, F of the first", back: "½ dᵀ F d, F of the second",
+};
+
+/** Rows in words: a and b are the first and the second. */
+const inWords = (numbers) => rowsOf(numbers).map(([label, text]) =>
+  [WORDS[label] ?? label.replace(/ a$/, " of the first").replace(/ b$/, " of the second"), text]);
+
+const quoted = (row) => `‘${row.name || "the model itself"}’`;
 
 /** The layers that stand out, in sentences. */
 function sentences() {
@@ -43,12 +54,12 @@ function sentences() {
   said.push(`The trace went from ${written(trace_a)} to ${written(trace_b)}, the effective dimension at damping ${written(data.damping)} from ${written(dimension_a)} to ${written(dimension_b)}.`);
   const turned = largest((row) => 1 - row.overlap).slice(0, 3);
   if (turned.length) {
-    said.push(`The top subspaces turned most in ${turned.map((row) => `${row.name || "(the model itself)"} (overlap ${written(row.overlap)})`).join(", ")}.`);
+    said.push(`The top subspaces turned most in ${turned.map((row) => `${quoted(row)} (overlap ${written(row.overlap)})`).join(", ")}.`);
   }
   if (moved) {
     const risky = largest((row) => row.weights?.forgetting).slice(0, 3);
     said.push(`The weights moved by ${percent(moved.relative)} of their length. By the Fisher of the first this changes its predictions by a KL of ${written(moved.forgetting)} per loss term`
-      + (moved.forgetting > 0 ? `, most of it in ${risky.map((row) => `${row.name || "(the model itself)"} (${percent(row.weights.forgetting / moved.forgetting)})`).join(", ")}.` : "."));
+      + (moved.forgetting > 0 ? `, most of it in ${risky.map((row) => `${quoted(row)} (${percent(row.weights.forgetting / moved.forgetting)})`).join(", ")}.` : "."));
   }
   return said;
 }
@@ -70,7 +81,7 @@ function begin() {
   choose(0, false);
   const { weights: moved, ...whole } = data.whole;
   byId("whole-numbers").append(...[
-    panel("All layers together", rowsOf(whole)), moved ? panel("The weights", rowsOf(moved)) : null,
+    panel("All layers together", inWords(whole)), moved ? panel("The weights", inWords(moved)) : null,
     ...["a", "b"].map((which) => panel(which === "a" ? "How the first was made" : "How the second was made", rowsOf(data.meta[which] ?? {}))),
   ].filter(Boolean));
   for (const [id, [value, title, log]] of Object.entries(DEPTHS)) {

@@ -90,6 +90,12 @@ function laidOut({ xaxis = {}, yaxis = {}, ...rest }) {
 /** A text that the drawing library must not read as markup. */
 const inert = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
+/** A logarithmic axis with whole powers of ten alone, where there are enough of them. */
+function logAxis(values, title = "", ticks = 6) {
+  const decades = Math.log10(Math.max(...values) / Math.min(...values));
+  return decades < 1.5 ? { type: "log", title } : { type: "log", title, dtick: Math.ceil(decades / ticks) };
+}
+
 /** Points over depth, one a layer. */
 function overDepth(rows, value, { title, log = true, colours = null, type = "scatter" }) {
   const drawn = rows.filter((row) => isShown(value(row)) && (!log || value(row) > 0));
@@ -102,7 +108,7 @@ function overDepth(rows, value, { title, log = true, colours = null, type = "sca
   };
   const values = drawn.map(value);
   const said = `${title}, by depth: ${drawn.length} layers, from ${written(Math.min(...values))} to ${written(Math.max(...values))}.`;
-  const layout = { xaxis: { title: "layer, in the order of the model" }, yaxis: { type: log ? "log" : "linear" } };
+  const layout = { xaxis: { title: "layer, in the order of the model" }, yaxis: log ? logAxis(values) : {} };
   return { traces: [trace], layout, said };
 }
 

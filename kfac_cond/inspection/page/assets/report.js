@@ -49,6 +49,7 @@ const COLUMNS = [
   { key: "blame", title: "Blame", className: "text", ascendsFirst: true, value: (row) => row.spectrum.blame, help: "The side with the larger condition number" },
   { key: "stable", title: "Stable rank", value: (row) => row.spectrum.stable_rank, help: "Stable rank of the block" },
   { key: "kl", title: "KL share", needs: "kl", value: (row) => row.kl?.share, text: percent, help: "Share of the update's KL" },
+  { key: "ratio", title: "KL measured / predicted", needs: "kl", value: (row) => row.kl?.ratio, help: "Of the update's part in the layer; above 1 F is too small along it" },
   { key: "error", title: "K-FAC error", needs: "approximation", value: (row) => row.approximation?.kfac, text: percent, help: "Relative Frobenius distance of K-FAC from the exact block" },
   { key: "kind", title: "Kind", className: "text", ascendsFirst: true, value: (row) => row.kind, help: "Kind of layer" },
   { key: "shape", title: "Shape", value: (row) => row.parameters, text: (_, row) => sides(row), help: "Rows × columns of the layer's matrix, the bias counted as a column; sorted by parameters" },
@@ -110,7 +111,7 @@ function curve() {
     hoverinfo: "text", hovertext: lambdas.map((lambda, index) => `λ ${written(lambda)}<br>d_eff ${written(curveOf(own)[index])}`),
   });
   const layout = {
-    xaxis: { type: "log", title: "damping λ" }, yaxis: { title: "d_eff / parameters", rangemode: "tozero" }, shapes: [line(lambdas[at])],
+    xaxis: logAxis(lambdas, "damping λ", 4), yaxis: { title: "d_eff / parameters", rangemode: "tozero" }, shapes: [line(lambdas[at])],
   };
   return { traces, layout, said: `Effective dimension of ${own.name}: ${written(dimension(own))} of ${own.parameters} at λ ${written(lambdas[at])}.` };
 }
@@ -158,8 +159,14 @@ function scatter() {
     customdata: points.map((row) => row.index), hoverinfo: "text",
     hovertext: points.map((row) => `${inert(row.name)}<br>measured / predicted ${written(row.kl.measured / row.kl.predicted)}`),
   };
-  const layout = { xaxis: { type: "log", title: "predicted" }, yaxis: { type: "log", title: "measured" } };
-  return { traces: [identity, layers], layout, said: `Predicted against measured KL of ${points.length} layers, with the line on which they are equal.` };
+  const other = points.filter((row) => row.kl.held_out > 0);
+  const heldOut = {
+    x: other.map((row) => row.kl.predicted), y: other.map((row) => row.kl.held_out), mode: "markers",
+    marker: { color: colour("second"), size: 7, symbol: "circle-open" }, customdata: other.map((row) => row.index), hoverinfo: "text",
+    hovertext: other.map((row) => `${inert(row.name)}<br>held out / predicted ${written(row.kl.held_out / row.kl.predicted)}`),
+  };
+  const layout = { xaxis: logAxis(ends, "predicted", 5), yaxis: logAxis(ends, "measured") };
+  return { traces: [identity, layers, heldOut], layout, said: `Predicted against measured KL of ${points.length} layers, with the line on which they are equal.` };
 }
 
 // -- one layer --
@@ -230,8 +237,9 @@ function wire() {
 }
 
 function fillKL() {
-  const lines = rows.filter((row) => row.kl).map((row) => [row.name, percent(row.kl.share), row.kl.predicted, row.kl.measured]);
-  byId("kl-numbers").querySelector(".scroll").append(plainTable("KL of each layer", ["layer", "share", "predicted", "measured"], lines));
+  const lines = rows.filter((row) => row.kl)
+    .map((row) => [row.name, percent(row.kl.share), row.kl.predicted, row.kl.measured, row.kl.held_out]);
+  byId("kl-numbers").querySelector(".scroll").append(plainTable("KL of each layer", ["layer", "share", "predicted", "measured", "held out"], lines));
 }
 
 /** A long list of findings starts with its first. */

@@ -43,16 +43,17 @@ function breakable(name) {
   return made;
 }
 
-/** Nested numbers as rows of [label, text]; lists of numbers in one row. */
+/** Nested numbers as rows of [label, text]; short lists in one row, and a value with its error. */
 function rowsOf(section, label = "") {
   const words = (key) => `${label} ${key}`.trim().replaceAll("_", " ");
   return Object.entries(section).flatMap(([key, value]) => {
-    if (value === null || value === undefined) return [];
+    if (value === null || value === undefined || value === "") return [];
     if (Array.isArray(value)) {
-      if (value.length === 0) return [];
-      if (value.some((one) => one !== null && typeof one === "object")) return [];
-      const shown = value.slice(0, 8).map(written).join(", ");
-      return [[words(key), value.length > 8 ? `${shown} … (${value.length})` : shown]];
+      const short = value.length > 0 && value.length <= 12 && value.every((one) => typeof one !== "object");
+      return short ? [[words(key), value.map(written).join(", ")]] : [];
+    }
+    if (isNumber(value.value) && isNumber(value.error)) {
+      return [[words(key), `${written(value.value)} ± ${written(value.error)}`]];
     }
     return typeof value === "object" ? rowsOf(value, words(key)) : [[words(key), written(value)]];
   });
