@@ -53,9 +53,9 @@ class Monitor:
 
     At a step that is due it looks at gradients before and after they are preconditioned, and at the factors as they
     are; the numbers stay on the device, start on their way to the host at once, and are written at a later step when
-    they are there. Training is bitwise what it is without. Such a step costs about another preconditioning, and the
-    memory of one more gradient; other steps cost nothing, but for a refresh now and then, whose gradients are
-    preconditioned with the inverses before as well.
+    they are there. Training is bitwise what it is without. Such a step takes as long as a few others (four products
+    with a layer's sides, and some dozens of small operations), and the memory of one more gradient; the rest cost
+    nothing, but for a refresh now and then, whose gradients are preconditioned with the inverses before as well.
 
     By layer: lengths of gradient, update and weights, their ratio and cosine; KL and share of the KL of the update
     that the optimizer is handed, and the decrease it predicts; trace, participation ratio and effective dimension of

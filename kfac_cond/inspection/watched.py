@@ -60,9 +60,11 @@ def of_step(layer: Layer, step: Step, g: Tensor, u: Tensor, block: Trained | Non
         "update_norm": of_u,
         "weight_norm": of_w,
         "step_to_weight": _over(eta * of_u, of_w),
-        "cosine": _over(slope, of_g * of_u),
         "decrease": eta * slope,
     }
+    if layer.layout.numel > 1:
+        # Of one number it is always 1.
+        found["cosine"] = _over(slope, of_g * of_u)
     if block is not None:
         found["kl"] = 0.5 * eta.square() * (u * block.matvec(u)).sum()
     return found

@@ -116,6 +116,15 @@ def test_the_age_outlives_a_checkpoint():
     assert {of.age for of in staleness.measure(other).values()} == {3}
 
 
+def test_a_state_of_before_ages_were_noted_is_read():
+    kfac = trained(7, damping=kc.Damping(0.1))
+    state = kfac.state_dict()
+    without = ((name, {key: one for key, one in entry.items() if key != "made"}) for name, entry in state["layers"])
+    other = kc.KFAC(classifier(), nn.CrossEntropyLoss(), damping=0.1)
+    other.load_state_dict({**state, "layers": tuple(without)})
+    assert {of.age for of in staleness.measure(other).values()} == {None}
+
+
 def test_before_the_first_inverse_it_says_what_to_do():
     with pytest.raises(kc.NotReadyError, match="run a training step"):
         staleness.measure(kc.KFAC(classifier(), nn.CrossEntropyLoss()))
