@@ -19,6 +19,7 @@ training moves about a thousandth; of a small layer a first step of K-FAC may we
 CONCENTRATED = 0.9
 """Share of an update's KL in one of at least ``FEW`` layers: a trust region then shortens all for the sake of one."""
 FEW = 4
+NOT_FINITE = "not-finite"
 
 
 def alerts(reading: Reading, sides: Mapping[str, int]) -> Iterator[Finding]:
@@ -54,7 +55,7 @@ def _not_finite(layer: str, quantities: list[str]) -> Finding:
     return Finding(
         "error",
         layer,
-        "not-finite",
+        NOT_FINITE,
         f"`{layer}`: {', '.join(quantities)} not finite",
         float(len(quantities)),
         0.0,

@@ -29,7 +29,8 @@ class AgainstEmpirical:
     """A layer's conditional block F beside its empirical one E, of the same data and in the same structure.
 
     E = (1/M) sum_n grad l_n grad l_n^T at the data labels. It is F where the labels are as the model says they are, and
-    with the loss it goes to zero, which F does not.
+    with the loss it goes to zero, which F does not. Of an F that is the moving average of a running job, E is of the
+    data at hand all the same: what has moved since is in the numbers too.
 
     Args:
         trace_ratio: tr E / tr F, no unit. Above 1 the labels surprise the model more than it expects, below 1 less;

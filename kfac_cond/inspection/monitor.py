@@ -21,7 +21,7 @@ from ..preconditioner import KFAC
 from ..structures import Trained
 from ..watching import Step
 from . import watched
-from .alerts import alerts, in_words
+from .alerts import NOT_FINITE, alerts, in_words
 from .findings import Finding
 from .readings import ABSENT, Arriving, Measured, Reading
 
@@ -112,7 +112,10 @@ class Monitor:
         self._step = -1
         self._known: dict[str, dict[str, float]] = {}
         self._angles: dict[str, Tensor] = {}
-        self._skipped = kfac._shared.factors.health.skipped_captures
+        #: Captures left out by the last reading; nobody knows before the first, since a state may be loaded until then.
+        self._skipped: int | None = None
+        #: Whether a gradient scaler, whose overflows are nothing to be told of, is at work.
+        self._scaled = False
         self._heard: set[Any] = set()
         kfac.watchers.append(self)
 
@@ -179,7 +182,7 @@ class Monitor:
     def _begun(self, step: Step) -> Measured:
         """A reading of this step, which may have parts before."""
         if step.number != self._step:
-            self._step, self._known = step.number, {}
+            self._step, self._known, self._scaled = step.number, {}, step.grad_scale is not None
         first = next(iter(step.gradients))
         return Measured(step.shared.layers[first].device)
 
@@ -237,7 +240,7 @@ class Monitor:
             layers.setdefault(name, {}).update(known)
         of_whole = layers.pop(WHOLE, {})
         reading = Reading(self._step, self._whole(layers) | of_whole, layers, spectra)
-        found = list(alerts(reading, self._sides()))
+        found = [one for one in alerts(reading, self._sides()) if not (self._scaled and one.code == NOT_FINITE)]
         reading = replace(reading, findings=tuple(found))
         self.readings.append(reading)
         if is_initialised() and dist.get_rank() != 0:
@@ -258,8 +261,9 @@ class Monitor:
         counted = self._kfac._shared.factors.metrics()
         found |= {key.removeprefix("kfac/"): float(value) for key, value in counted.items()}
         found["damping"] = self._kfac.damping.at(self._step)
-        found["new_skipped_captures"] = found["skipped_captures"] - self._skipped
-        self._skipped = counted["kfac/skipped_captures"]
+        skipped = counted["kfac/skipped_captures"]
+        found["new_skipped_captures"] = float(skipped - (skipped if self._skipped is None else self._skipped))
+        self._skipped = skipped
         return found
 
     def _sides(self) -> dict[str, int]:
