@@ -55,7 +55,8 @@ def one_line(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
     return run
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every command has."""
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.add_argument("--traceback", action="store_true", help="of an error show where it came from")
 
@@ -75,6 +76,7 @@ def add_inspect(commands: Any) -> None:
         "source", metavar="SOURCE", help="FACTORS.safetensors, or package.module:build_model, a module or what makes it"
     )
     parser.add_argument("--data", metavar="package.module:data", help="batches of the model, or a function of them")
+    parser.add_argument("--held-out", metavar="package.module:data", help="other batches to measure divergences on")
     parser.add_argument("--likelihood", metavar="NAME", help="of the model: categorical, bernoulli, gaussian ...")
     parser.add_argument("--level", choices=LEVELS, default="standard", help="how much to look at (default: standard)")
     parser.add_argument(
@@ -83,7 +85,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--samples", type=positive, default=4, metavar="N", help="label draws a term (default: 4)")
     parser.add_argument("--damping", type=damping, metavar="LAMBDA", help="damping that the report is read at")
     parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page to look at in a browser")
-    _add_common(parser)
+    add_common(parser)
     parser.set_defaults(command=one_line(_inspect))
 
 
@@ -106,13 +108,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _source(arguments: argparse.Namespace) -> tuple[tuple[Any, ...], Options]:
     """What ``kc.inspect`` is to look at."""
-    options, source = Options(), arguments.source
+    source = arguments.source
     if Path(source).exists() or not NAMED.fullmatch(source):
-        if arguments.data or arguments.likelihood:
+        if arguments.data or arguments.likelihood or arguments.held_out:
             raise UsageError(f"--data and --likelihood are for package.module:build_model, and {source} is a file")
-        return (source,), options
+        return (source,), Options()
     if not (arguments.data and arguments.likelihood):
         raise UsageError(f"{source} is a model: give --data package.module:data and --likelihood NAME as well")
+    options = Options(held_out=named(arguments.held_out) if arguments.held_out else None)
     return (model_of(source), named(arguments.data), arguments.likelihood), options
 
 
@@ -130,7 +133,7 @@ def add_coverage(commands: Any) -> None:
     parser.add_argument("model", metavar="package.module:build_model", help="a module, or what makes it")
     parser.add_argument("--data", metavar="package.module:data", help="batches, to count what one forward uses")
     parser.add_argument("--strict", action="store_true", help="fail where anything has no form of its own")
-    _add_common(parser)
+    add_common(parser)
     parser.set_defaults(command=one_line(_coverage))
 
 

@@ -74,6 +74,12 @@ def test_a_model_over_data(model: str, capsys: pytest.CaptureFixture[str]) -> No
     assert (found["meta"]["examples"], found["meta"]["samples"], found["meta"]["level"]) == (24, 2, "quick")
 
 
+def test_held_out_batches(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", "zoo:model", *OVER_DATA, "--held-out", "zoo:data", "--json"]
+    assert cli.main([*arguments[:2], "--data", "zoo:data", *arguments[4:]]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["kl"]["held_out"] > 0.0
+
+
 def test_coverage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["coverage", "zoo:build"]) == 0
     assert "51 of 51 trainable numbers are covered" in capsys.readouterr().out

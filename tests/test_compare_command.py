@@ -47,10 +47,9 @@ def test_a_page(saved: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.safetensors", "{b}"], "there is no file nowhere.safetensors"),
-        (["{a}", "{a}", "--top", "0"], "compare(top=0): expected a whole number >= 1"),
-        (["{a}", "{a}", "--damping", "-1"], "compare(damping=-1.0): expected a finite number >= 0"),
+        (["nowhere.safetensors", "{b}"], "kfac-cond: there is no file nowhere.safetensors"),
         (["{broken}", "{b}"], "broken.safetensors"),
+        (["{a}", "{other}"], "kfac-cond: the two have no layer in common"),
         (["{a}", "{b}", "--html", "{a}/page.html"], "Not a directory"),
     ],
 )
@@ -63,9 +62,17 @@ def test_what_cannot_be_done(
 ) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(Path(saved[0]).read_bytes()[:100])
-    filled = [one.format(a=saved[0], b=saved[1], broken=broken) for one in arguments]
-    assert cli.main(["compare", *filled]) == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert "Traceback" not in shown.err
-    assert shown.out == ""
+    other = tmp_path / "other.safetensors"
+    kc.estimate(nn.Linear(4, 5), [torch.randn(20, 4)], "categorical").save(other)
+    filled = [one.format(a=saved[0], b=saved[1], broken=broken, other=other) for one in arguments]
+    assert cli.main(["compare", *filled]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("arguments", [["--top", "0"], ["--damping", "-1"], []])
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "a.safetensors", *arguments])
+    assert stopped.value.code == 2
+    assert "usage: kfac-cond compare" in capsys.readouterr().err

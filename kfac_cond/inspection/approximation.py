@@ -46,10 +46,13 @@ class ApproximationError:
     error. No unit. Cost: a forward and a backward for each draw, then N^2 draws^2 (d_in + d_out) for one position.
 
     Args:
-        kfac, ekfac, diagonal: the errors of 'kfac', of 'ekfac' in the eigenbasis of all draws, of 'diagonal'; 0 where
-            the estimate of the square is negative.
-        kfac_standard_error, ekfac_standard_error, diagonal_standard_error: of them, by leaving out one draw at a time;
-            0 of the exact expectation, None of two draws.
+        kfac: the error of 'kfac'; 0 where the estimate of its square is negative.
+        ekfac: that of 'ekfac' in the eigenbasis of all draws likewise.
+        diagonal: that of 'diagonal' likewise.
+        kfac_standard_error: of the error of 'kfac', by leaving out one draw at a time; 0 of the exact expectation, None
+            of two draws.
+        ekfac_standard_error: of that of 'ekfac' likewise.
+        diagonal_standard_error: of that of 'diagonal' likewise.
         independence_gap: tr A tr G / ((1/M) sum_n E|V_n|^2), the trace of 'kfac' over the exact one: 1 where inputs and
             gradients are uncorrelated in size; less where the positions of an example add up.
         gap_standard_error: of it.

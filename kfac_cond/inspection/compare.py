@@ -38,12 +38,15 @@ class LayerComparison:
         shape: of its matrix.
         parameters: how many.
         depth: its place among the layers of the first.
-        trace_a, trace_b: tr F of each, per loss term.
+        trace_a: tr F of the first, per loss term.
+        trace_b: that of the second.
         trace_ratio: tr F_b / tr F_a, no unit; None where the first is zero.
-        dimension_a, dimension_b: effective dimension of each at the comparison's damping.
+        dimension_a: effective dimension of the first at the comparison's damping.
+        dimension_b: that of the second.
         dimension_change: the second less the first.
         overlap: |U_a^T U_b|^2 / k of the k largest eigenvectors of each block: from ``chance`` for unrelated ones to 1.
-        overlap_A, overlap_G: the same of the sides.
+        overlap_A: the same of the sides A.
+        overlap_G: the same of the sides G.
         directions: k, at most the rank of either.
         chance: k over the number of parameters.
         fisher_overlap: tr(F_a F_b) / (|F_a| |F_b|), from 0 to 1.
@@ -81,7 +84,12 @@ class WholeComparison:
 
     Args:
         parameters: of these layers.
-        trace_a, trace_b, trace_ratio, dimension_a, dimension_b, dimension_change: as for a layer.
+        trace_a: as for a layer, and so are the five that follow.
+        trace_b: of the second.
+        trace_ratio: the second over the first.
+        dimension_a: effective dimension of the first.
+        dimension_b: that of the second.
+        dimension_change: the second less the first.
         bures: of the block-diagonal matrices: the root of the sum of squares.
         weights: of all weights together.
     """
@@ -104,7 +112,8 @@ class Comparison(Mapping[str, LayerComparison]):
         layers: by name, in the order of the first.
         whole: of all of them.
         damping: lambda of the effective dimensions.
-        only_in_a, only_in_b: layers that one of them lacks.
+        only_in_a: layers that the second lacks.
+        only_in_b: layers that the first lacks.
         notes: what else differs between the two, in sentences.
         meta: how each was made.
     """

@@ -17,6 +17,9 @@ from ..quadratic import inner
 from ..structures import Block, Fisher
 from .requests import linearised, request_of
 
+PROBES = 4
+"""How many, where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class BlockDiagonality:
@@ -61,7 +64,7 @@ def measure(
     likelihood: Distribution | str | nn.Module,
     fisher: Fisher,
     *,
-    probes: int = 4,
+    probes: int = PROBES,
     options: Options | None = None,
 ) -> BlockDiagonality:
     """The share of the exact Fisher outside the blocks of a Fisher's layers; nothing of the model changes.

@@ -17,7 +17,15 @@ from .plain import finite, flat, plain
 from .spectra import Spectrum, log_histogram
 
 if TYPE_CHECKING:
+    from .approximation import ApproximationError
+    from .divergence import LayerKL, WholeKL
+    from .empirical import AgainstEmpirical
     from .findings import Finding
+    from .off_diagonal import BlockDiagonality
+    from .sampling_check import SamplingCheck
+    from .signal import Signal
+    from .staleness import Staleness
+    from .updates import UpdateGeometry
 
 VERSION = 1
 TOP = 10
@@ -125,12 +133,12 @@ class LayerReport:
     sampling: LayerError | None = None
     health: Numerics | None = None
     cost: Cost | None = None
-    kl: Any = None
-    approximation: Any = None
-    empirical: Any = None
-    signal: Any = None
-    update: Any = None
-    staleness: Any = None
+    kl: LayerKL | None = None
+    approximation: ApproximationError | None = None
+    empirical: AgainstEmpirical | None = None
+    signal: Signal | None = None
+    update: UpdateGeometry | None = None
+    staleness: Staleness | None = None
 
     def effective_dimension(self, damping: float) -> float:
         """d_eff of the layer's block; see ``Spectrum.effective_dimension``."""
@@ -213,7 +221,8 @@ class Whole:
         parameters: of all layers of the report.
         trace: tr F of all layers together, per loss term.
         effective_dimension: d_eff of all layers together at the report's damping; None without one.
-        covered: share of the model's trainable numbers that a block covers; None where no model was given.
+        covered: share of the model's trainable numbers that can be covered; None where no model was given.
+        uncovered: the parameters that cannot, or that a rule excludes.
         calibration: of dampings against all spectra.
         trace_error: of the whole trace, by drawing labels.
         kl: predicted against measured divergence.
@@ -226,12 +235,13 @@ class Whole:
     trace: float | None = None
     effective_dimension: float | None = None
     covered: float | None = None
+    uncovered: tuple[str, ...] = ()
     calibration: Calibration | None = None
     trace_error: Estimated | None = None
-    kl: Any = None
-    sampling: Any = None
-    block_diagonality: Any = None
-    signal: Any = None
+    kl: WholeKL | None = None
+    sampling: SamplingCheck | None = None
+    block_diagonality: BlockDiagonality | None = None
+    signal: Signal | None = None
 
     def __repr__(self) -> str:
         from .text import whole_text

@@ -161,8 +161,9 @@ class _Known:
         # What does not count may be anything, NaN as well.
         still = outputs if valid is None else outputs.masked_fill(~likelihood.spread(valid, outputs), 0.0)
         f = rows_of(still, axes)
-        along_f = (f * rows_of(fisher_times(likelihood, outputs, still), axes)).sum()
-        diagonal = rows_of(fisher_diagonal(likelihood, outputs), (-1,)).sum(0)
+        wide = events.count_dtype(outputs.device)
+        along_f = (f * rows_of(fisher_times(likelihood, outputs, still), axes)).sum(dtype=wide)
+        diagonal = fisher_diagonal(likelihood, outputs).reshape(f.shape).sum(0, dtype=wide)
         directions = _signs(f.shape[-1], f)
         squares = []
         for u in directions:
@@ -189,27 +190,30 @@ class _Sums:
 
     def __init__(self, known: _Known) -> None:
         self.jump, self.eps = known.jump, known.eps
+        zeros = known.variances.new_zeros
         #: Of s_k for each k, and of s^T f.
-        self.first = known.f.new_zeros(3, known.f.shape[-1] + 1)
+        self.first = zeros(3, known.f.shape[-1] + 1)
         #: Of (u^T s)^2 - u^T H u for each u.
-        self.second = known.f.new_zeros(3, DIRECTIONS)
-        self.squares = known.f.new_zeros(DIRECTIONS)
-        self.largest_f = known.f.new_zeros(())
+        self.second = zeros(3, DIRECTIONS)
+        self.squares = zeros(DIRECTIONS)
+        self.largest_f = zeros(())
         self.terms, self.batches, self.draws = 0, 0, 0
 
     def begin(self, known: _Known) -> None:
         """Take in one more batch."""
         self.terms, self.batches = self.terms + known.terms, self.batches + 1
         if known.f.numel():
-            self.largest_f = torch.maximum(self.largest_f, known.f.abs().amax())
+            self.largest_f = torch.maximum(self.largest_f, known.f.abs().amax().to(self.largest_f))
 
     def add(self, known: _Known, score: Tensor) -> None:
         """Take in the scores of one draw."""
         s = rows_of(score, known.axes)
-        _grow(self.first, torch.cat([s, (s * known.f).sum(-1, keepdim=True)], -1), known.variances)
+        size = s.shape[-1]
+        _grow(self.first[:, :size], s, known.variances[:size])
+        _grow(self.first[:, size:], (s * known.f).sum(-1, keepdim=True), known.variances[size:])
         deviations = (s @ known.directions.mT).square() - known.squares
-        _grow(self.second, deviations, deviations.square().sum(0))
-        self.squares += known.squares.sum(0)
+        _grow(self.second, deviations, deviations.square().sum(0, dtype=self.second.dtype))
+        self.squares += known.squares.sum(0, dtype=self.squares.dtype)
         self.draws += 1
 
     def check(self, name: str) -> SamplingCheck:
@@ -244,9 +248,9 @@ class _Sums:
 
 
 def rows_of(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """A row for each term, [rows, E], in float64 where the device has it."""
-    rows = events.to_events(values, axes)
-    return rows.reshape(-1, rows.shape[-1]).to(events.count_dtype(values.device))
+    """A row for each term, [rows, E], in float32 at least."""
+    rows = events.to_events(events.widened(values), axes)
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def jump_of(likelihood: Likelihood) -> float:
@@ -281,10 +285,10 @@ def _signs(size: int, like: Tensor) -> Tensor:
 
 def _grow(sums: Tensor, summands: Tensor, variances: Tensor) -> None:
     """Add rows of summands [rows, tests] to the sums."""
-    sums[0] += summands.sum(0)
+    sums[0] += summands.sum(0, dtype=sums.dtype)
     sums[1] += variances
     if len(summands):
-        sums[2] = torch.maximum(sums[2], summands.abs().amax(0))
+        sums[2] = torch.maximum(sums[2], summands.abs().amax(0).to(sums))
 
 
 def _over_root(total: float, variance: float) -> float:

@@ -19,8 +19,6 @@ from .sources import Source
 
 Level = Literal["quick", "standard", "full"]
 LEVELS = ("quick", "standard", "full")
-PROBES = 4
-"""Random vectors of the check of block-diagonality."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,13 @@ def _empirical(job: Job) -> Found:
 
 
 def _approximation(job: Job) -> Found:
-    return None, approximation.measure(*job.over_data, job.fisher, samples=job.samples, options=job.options)
+    # An error without that of drawing needs two draws, one with a standard error three.
+    samples = max(job.samples, 3)
+    return None, approximation.measure(*job.over_data, job.fisher, samples=samples, options=job.options)
 
 
 def _block_diagonality(job: Job) -> Found:
-    return off_diagonal.measure(*job.over_data, job.fisher, probes=PROBES, options=job.options), {}
+    return off_diagonal.measure(*job.over_data, job.fisher, options=job.options), {}
 
 
 def _staleness(job: Job) -> Found:
@@ -154,15 +154,15 @@ SECTIONS: tuple[Section, ...] = (
     Section("update", "standard", lambda size: 0.0, _update),
     Section("signal", "standard", lambda size: signal.PASSES, _signal),
     Section("empirical", "standard", lambda size: empirical.PASSES - updates.PASSES, _empirical),
-    Section("approximation", "full", lambda size: approximation.passes(size.samples), _approximation),
+    Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
+    Section("approximation", "full", lambda size: approximation.passes(max(size.samples, 3)), _approximation),
     Section(
         "block diagonality",
         "full",
-        lambda size: off_diagonal.passes(PROBES),
+        lambda size: off_diagonal.passes(off_diagonal.PROBES),
         _block_diagonality,
         whole="block_diagonality",
     ),
-    Section("staleness", "standard", lambda size: 0.0, _staleness, needs="kfac"),
 )
 
 

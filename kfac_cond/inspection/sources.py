@@ -17,7 +17,7 @@ from ..heads import Distribution
 from ..layers.layer import Layer
 from ..layers.layout import WeightLayout
 from ..layers.rules import matches
-from ..layers.survey import survey
+from ..layers.survey import Row, survey
 from ..options import Options
 from ..structures import Fisher
 from ..uses import Used, uses_in_forward
@@ -39,7 +39,8 @@ class Known:
         layers: by name.
         forms: by layer, its form and what is to be known of it.
         used: what one forward used of each; empty where none was run.
-        covered: share of the trainable numbers that a block covers.
+        covered: share of the trainable numbers that can be covered.
+        uncovered: the parameters that are not.
         failures: by layer, factorisations in a row that failed in training.
         without: layers that were asked for and have no block.
     """
@@ -48,6 +49,7 @@ class Known:
     forms: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     used: Mapping[str, Used] = field(default_factory=dict)
     covered: float | None = None
+    uncovered: tuple[str, ...] = ()
     failures: Mapping[str, int] = field(default_factory=dict)
     without: Sequence[str] = ()
 
@@ -158,6 +160,7 @@ def _of_kfac(kfac: Any, likelihood: Distribution | str | nn.Module | None, layer
             dict(kfac.layers),
             {row.layer: (row.form, row.reason) for row in reversed(table.rows) if row.covered},
             covered=table.share,
+            uncovered=_uncovered(table.rows),
             failures=dict(kfac._shared.factors.health.failures),
             without=_without(kfac.layers, layers, fisher),
         )
@@ -186,7 +189,12 @@ def _looked_at(model: nn.Module, batch: Any, asked: Patterns, fisher: Fisher) ->
     covered = sum(row.parameters for row in found.rows if row.covered)
     forms = {name: (row.form, row.reason) for name, row in firsts.items()}
     without = _without(found.layers, asked, fisher)
-    return Known(found.layers, forms, used, covered / every if every else None, without=without)
+    share = covered / every if every else None
+    return Known(found.layers, forms, used, share, _uncovered(found.rows), without=without)
+
+
+def _uncovered(rows: Iterable[Row]) -> tuple[str, ...]:
+    return tuple(row.path for row in rows if not row.covered)
 
 
 def _number(layers: Mapping[str, Layer], asked: Patterns) -> int:

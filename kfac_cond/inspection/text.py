@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40
 """Layers shown in full; of more, the first and the last."""
+MOST_FINDINGS = 8
+"""Findings shown below the table."""
 
 
 def report_text(report: Report) -> str:
@@ -35,6 +37,9 @@ def report_text(report: Report) -> str:
     ]
     if report.whole.trace is not None:
         lines.append(fitted(_totals(report)))
+    if report.whole.uncovered:
+        lines.append(fitted(f"not covered: {', '.join(report.whole.uncovered)}"))
+    lines += map(fitted, _findings(report))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
     return "\n".join(lines)
 
@@ -59,6 +64,15 @@ def _facts(report: Report) -> Iterator[str]:
     said = [text.format(meta[key]) for key, text in known.items() if meta.get(key) is not None]
     if said:
         yield ", ".join(said)
+
+
+def _findings(report: Report) -> Iterator[str]:
+    """The most severe findings, and how many more there are."""
+    found = report.findings()
+    for one in found[:MOST_FINDINGS]:
+        yield f"{one.severity}: {one.message}{'; ' * bool(one.advice)}{one.advice}"
+    if len(found) > MOST_FINDINGS:
+        yield f"... {len(found) - MOST_FINDINGS} more findings: report.findings()"
 
 
 def layer_text(layer: LayerReport) -> str:

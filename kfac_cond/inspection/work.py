@@ -113,6 +113,7 @@ class Work:
             sum(float(self.fisher[one.name].trace()) if one.spectrum is None else one.spectrum.trace for one in every),
             None if self.damping is None else sum(one.effective_dimension(self.damping) for one in spectra),
             self._known.covered,
+            self._known.uncovered,
             **self._of_whole,
         )
         meta.pop("counts", None)

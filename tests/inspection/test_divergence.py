@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import divergence
+from kfac_cond.inspection import divergence, steps
 from kfac_cond.inspection.proposals import Proposal, mean_gradient, propose
 
 from ..helpers import classifier
@@ -131,13 +131,24 @@ def test_the_error_of_a_length_is_proportional_to_it(
     fisher = exact(net, data, "categorical")
     remainders, errors = [], []
     for size in (1e-8, 1e-6):
-        monkeypatch.setattr(divergence, "SIZE", size)
+        monkeypatch.setattr(steps, "SIZE", size)
         _, layers = divergence.measure(net, data, "categorical", fisher, options=DOUBLE)
         remainders.append(layers["0"].remainder)
         errors.append(abs(layers["0"].ratio - 1))
     # Ten times as far: ten times the remainder, a hundred times what is left when it is taken off.
     assert remainders[1] / remainders[0] == pytest.approx(10, rel=0.2)
     assert errors[1] / errors[0] == pytest.approx(100, rel=0.4)
+
+
+def test_a_step_that_goes_farther_than_predicted_is_made_again_shorter(net: nn.Module, data: list) -> None:
+    fisher = exact(net, data, "categorical") * 1e-5
+    whole, layers = divergence.measure(net, data, "categorical", fisher, held_out=data, options=DOUBLE)
+    for found in layers.values():
+        assert found.ratio == pytest.approx(1e5, rel=5e-3)
+        assert found.held_out == pytest.approx(found.measured)
+        assert found.scale == pytest.approx(1e5, rel=5e-2)
+        assert found.remainder < 0.1
+    assert whole.remainder < 0.1
 
 
 def test_held_out_data_have_a_divergence_of_their_own(net: nn.Module, data: list) -> None:

@@ -108,6 +108,17 @@ def test_a_layer_that_never_took_part_is_named(caplog: pytest.LogCaptureFixture)
     assert (list(chosen), chosen.problems) == (["head"], {})
 
 
+def test_parameters_that_no_block_covers_are_named(model: nn.Module, data: list[Tensor]) -> None:
+    kfac = kc.KFAC(model, "categorical", rules={"2": {"exclude": True}})
+    kfac.update(model(data[0]))
+    nn.functional.cross_entropy(model(data[0]), torch.zeros(8, dtype=torch.int64)).backward()
+    kfac.precondition()
+    report = kc.inspect(kfac)
+    assert (list(report), report.whole.uncovered) == (["0"], ("2.weight", "2.bias"))
+    assert report.whole.covered == pytest.approx(30 / 51)
+    assert "not covered: 2.weight, 2.bias" in repr(report)
+
+
 def test_nothing_is_changed(data: list[Tensor]) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -151,6 +162,18 @@ def test_a_whole_that_is_zero(model: nn.Module, data: list[Tensor]) -> None:
     assert found is not None and (found.rank, found.keeps_most, found.layers_apart) == (0, float("inf"), None)
     assert report.whole.trace == 0.0
     assert json.loads(report.to_json())["whole"]["calibration"]["keeps_most"] is None
+
+
+def test_label_noise_scales_the_fisher_and_its_dampings(data: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    sharp, noisy = (
+        kc.inspect(model, data, kc.Gaussian(variance), level="quick", options=kc.Options(seed=2))
+        for variance in (1.0, 4.0)
+    )
+    for name, layer in noisy.items():
+        assert 4 * layer.spectrum.trace == pytest.approx(sharp[name].spectrum.trace, rel=1e-5)
+        assert 4 * layer.damping_for(0.5) == pytest.approx(sharp[name].damping_for(0.5), rel=1e-5)
+        assert layer.spectrum.participation == pytest.approx(sharp[name].spectrum.participation, rel=1e-5)
 
 
 # -- a running job -----------------------------------------------------------------------------------------------------

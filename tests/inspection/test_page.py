@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from base64 import b64decode
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 import kfac_cond as kc
 from kfac_cond.inspection.page import maps, report_page, save_page
 from kfac_cond.inspection.page.island import island
+from kfac_cond.inspection.page.meanings import of_report, of_section
 
 from .made_up import HOSTILE, made_up, real_report
 
@@ -76,6 +78,46 @@ def test_the_same_report_gives_the_same_page() -> None:
     assert report_page(real_report(damping=1e-3)).startswith("<!doctype html>")
     report = real_report()
     assert report_page(report) == report_page(report)
+
+
+def test_what_numbers_mean_is_what_their_classes_say() -> None:
+    found = of_report(real_report())
+    assert ("per parameter", "tr F / P, the mean eigenvalue: the scale that a relative damping is in.") in found[
+        "spectrum"
+    ]
+    assert dict(found["whole calibration"])["rank"].startswith("the number of eigenvalues above round-off")
+    assert "calibration" not in dict(found["whole"])
+
+
+def test_the_meanings_of_a_section_and_of_what_is_in_it() -> None:
+    @dataclass
+    class Inner:
+        """Of a thing.
+
+        Args:
+            low_end: the least,
+                over ``all``.
+        """
+
+        low_end: float = 0.0
+
+    @dataclass
+    class Outer:
+        """Of things.
+
+        Args:
+            first, second: things.
+
+        Source: none.
+        """
+
+        first: Inner
+        second: Inner
+
+    assert of_section(Outer(Inner(), Inner())) == [
+        ("first, second", "things."),
+        ("first and second: low end", "the least, over all."),
+    ]
 
 
 def decoded(found: dict[str, Any]) -> Tensor:

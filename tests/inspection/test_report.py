@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import kfac_cond as kc
+from kfac_cond.inspection import findings
 from kfac_cond.inspection.plain import finite, flat, plain
 from kfac_cond.inspection.report import Counts, LayerReport, Whole
 
@@ -74,6 +75,19 @@ def test_of_many_layers_the_first_and_the_last_are_shown() -> None:
     text = repr(kc.Report(layers, Whole(400), meta={}))
     assert "... 60 more layers" in text
     assert "blocks.19 " in text and "blocks.80 " in text and "blocks.20 " not in text
+
+
+def test_the_most_severe_findings_are_below_the_table(report: kc.Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(_: kc.Report) -> list[kc.Finding]:
+        return [kc.Finding("info", "", f"i{n}", f"message {n}", 1.0, 2.0, "do it") for n in range(9)] + [
+            kc.Finding("error", "0", "e", "it is wrong", 1.0, 2.0, "mend it")
+        ]
+
+    monkeypatch.setattr(findings, "RULES", (rule,))
+    lines = str(report).splitlines()
+    (first,) = [index for index, line in enumerate(lines) if line.startswith("error")]
+    assert lines[first : first + 2] == ["error: it is wrong; mend it", "info: message 0; do it"]
+    assert lines[first + 8] == "... 2 more findings: report.findings()"
 
 
 def test_one_layer_is_a_number_a_line(report: kc.Report) -> None:

@@ -49,11 +49,13 @@ def binned(side: Tensor) -> dict[str, Any]:
         ``size`` d, ``bins`` along a side, ``diagonal`` whether it is one, ``low`` and ``high`` of log10, and ``bytes``
         in base64: 0 for what is below ``low``, 1 to 255 from ``low`` to ``high``.
     """
-    values = side.detach().to("cpu", torch.float64).abs().nan_to_num(0.0, 0.0, 0.0)
-    size = values.shape[-1]
+    size = side.shape[-1]
     bins = min(size, SIDE)
-    for dimension in range(values.dim()):
-        values = _means(values, dimension, bins)
+    values = side.detach()
+    if values.dim() > 1:
+        # The rows of one bin at a time, where they are: of a large side there is no second copy.
+        values = torch.stack([_sizes(rows).mean(0) for rows in values.tensor_split(bins)])
+    values = _means(_sizes(values), bins).cpu()
     high = float(values.max().log10()) if float(values.max()) > 0 else 0.0
     low = high - DECADES
     scaled = 1 + 254 * (values.clamp(min=10.0**low).log10() - low) / DECADES
@@ -68,10 +70,13 @@ def binned(side: Tensor) -> dict[str, Any]:
     }
 
 
-def _means(values: Tensor, dimension: int, bins: int) -> Tensor:
-    """The means over ``bins`` runs of a dimension, as equal in length as can be."""
-    pieces = torch.tensor_split(values, bins, dim=dimension)
-    return torch.stack([piece.mean(dimension) for piece in pieces], dim=dimension)
+def _sizes(values: Tensor) -> Tensor:
+    return values.to(torch.float32).abs().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _means(values: Tensor, bins: int) -> Tensor:
+    """The means over ``bins`` runs of the last dimension, as equal in length as can be."""
+    return torch.stack([piece.mean(-1) for piece in values.tensor_split(bins, dim=-1)], dim=-1)
 
 
 def _side(block: Any, side: str) -> Tensor | None:

@@ -13,6 +13,7 @@ from ...files import replaced
 from .absent import absent
 from .island import island
 from .maps import factor_maps
+from .meanings import of_comparison, of_report
 
 INSTALL = "pip install 'kfac-cond[inspect]'"
 SEVERITIES = ("error", "warning", "info")
@@ -41,14 +42,14 @@ def report_page(report: Any) -> str:
     data = _with_its_damping(report)
     found = sorted(data["findings"], key=lambda one: SEVERITIES.index(one["severity"]))
     maps = factor_maps(getattr(report, "fisher", None), _by_weight(data, found))
-    shown = {**data, "maps": maps}
+    shown = {**data, "maps": maps, "meanings": of_report(report)}
     names = [layer["name"] for layer in data["layers"]]
     return _page("report.html", "report.js", shown, findings=found, names=names, absent=absent(data, maps))
 
 
 def comparison_page(comparison: Any) -> str:
     """The page of a comparison; arguments and errors as for ``report_page``."""
-    return _page("comparison.html", "comparison.js", comparison.to_dict())
+    return _page("comparison.html", "comparison.js", {**comparison.to_dict(), "meanings": of_comparison(comparison)})
 
 
 def _with_its_damping(report: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ function choose(index, goThere = true) {
   const row = rows[index];
   const { name, index: _, kind, severity, remark, shape, depth, weights: moved, ...numbers } = row;
   byId("layer-facts").textContent = `${name || "(the model itself)"}: ${sides(row)}, ${written(row.parameters)} parameters. ${remark}`;
-  const panels = [panel("The two blocks", inWords(numbers)), moved ? panel("The weights", inWords(moved)) : null];
+  const panels = [panel("The two blocks", inWords(numbers), data.meanings.layer), moved ? panel("The weights", inWords(moved), data.meanings.weights) : null];
   byId("layer-numbers").replaceChildren(...panels.filter(Boolean));
   table.mark(index);
   if (!goThere) return;
@@ -81,7 +81,7 @@ function begin() {
   choose(0, false);
   const { weights: moved, ...whole } = data.whole;
   byId("whole-numbers").append(...[
-    panel("All layers together", inWords(whole)), moved ? panel("The weights", inWords(moved)) : null,
+    panel("All layers together", inWords(whole), data.meanings.whole), moved ? panel("The weights", inWords(moved)) : null,
     ...["a", "b"].map((which) => panel(which === "a" ? "How the first was made" : "How the second was made", rowsOf(data.meta[which] ?? {}))),
   ].filter(Boolean));
   for (const [id, [value, title, log]] of Object.entries(DEPTHS)) {

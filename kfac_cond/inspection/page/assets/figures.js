@@ -32,7 +32,11 @@ function drawing() {
 const pageRead = new Promise((done) => document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(done))));
 
 const watched = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) draw(entry.target.id);
+  for (const { target, isIntersecting } of entries) {
+    const one = figures.get(target.id);
+    one.near = isIntersecting;
+    if (one.near && one.due) draw(target.id);
+  }
 }, { rootMargin: "200px" });
 
 /**
@@ -41,7 +45,7 @@ const watched = new IntersectionObserver((entries) => {
  * @param pressed called with the customdata of a point that is clicked
  */
 function figure(id, make, pressed) {
-  figures.set(id, { make, pressed, drawn: false });
+  figures.set(id, { make, pressed, drawn: false, near: false, due: true });
   pageRead.then(() => watched.observe(byId(id)));
 }
 
@@ -49,9 +53,9 @@ function draw(id) {
   const one = figures.get(id);
   const place = byId(id);
   const made = one.make();
+  one.due = false;
   place.closest("figure").hidden = made === null;
   if (made === null) return;
-  watched.unobserve(place);
   if (made.said) place.setAttribute("aria-label", made.said);
   drawing().react(place, made.traces, laidOut(made.layout ?? {}), { displaylogo: false, responsive: true, displayModeBar: false });
   if (!one.drawn && one.pressed) {
@@ -61,14 +65,16 @@ function draw(id) {
   if (performance.getEntriesByName("first picture").length === 0) performance.mark("first picture");
 }
 
-/** Draw again what has been drawn; what has not been comes when it is seen. */
+/** Draw again what is in view; the rest is due when it comes into view. */
 function redraw(...ids) {
   for (const id of ids) {
     const one = figures.get(id);
     if (!one) continue;
-    const visible = one.make() !== null;
-    byId(id).closest("figure").hidden = !visible;
-    if (one.drawn && visible) draw(id);
+    const frame = byId(id).closest("figure");
+    one.due = true;
+    if (one.near) draw(id);
+    // What is hidden comes into view only when it is shown again.
+    else if (frame.hidden) frame.hidden = one.make() === null;
   }
 }
 

@@ -6,6 +6,10 @@ const SECTIONS = {
   empirical: "Against the empirical Fisher", approximation: "Error of the approximation", kl: "KL of the update",
   update: "Geometry of the update", staleness: "Staleness", health: "Numerical health", cost: "Cost",
 };
+const WHOLE = {
+  calibration: "Dampings for the whole", kl: "KL of the whole update", sampling: "Check of the drawn labels",
+  signal: "Signal and noise of the whole gradient", block_diagonality: "Outside the layer blocks",
+};
 const RANK = { error: 3, warning: 2, info: 1 };
 const findingsOf = Map.groupBy ? Map.groupBy(data.findings, (one) => one.layer) : grouped(data.findings);
 let at = 0;
@@ -182,8 +186,8 @@ function choose(index, goThere = true) {
   const { A, G, histogram: _, top, effective_dimension, share_below, dead_inputs, dead_outputs, ...numbers } = row.spectrum;
   const dead = [["dead inputs", dead_inputs], ["dead outputs", dead_outputs]].filter(([, list]) => list?.length)
     .map(([label, list]) => [label, `${list.length}: ${list.slice(0, 12).join(", ")}${list.length > 12 ? " …" : ""}`]);
-  const panels = [panel("Spectrum", [...rowsOf(numbers), ...dead]),
-    ...Object.entries(SECTIONS).map(([key, title]) => (row[key] ? panel(title, rowsOf(row[key])) : null))];
+  const panels = [panel("Spectrum", [...rowsOf(numbers), ...dead], data.meanings.spectrum),
+    ...Object.entries(SECTIONS).map(([key, title]) => (row[key] ? panel(title, rowsOf(row[key]), data.meanings[key]) : null))];
   byId("layer-numbers").replaceChildren(...panels.filter(Boolean));
   sayMaps(row);
   fillEigenvalues();
@@ -279,9 +283,11 @@ function begin() {
   wire();
   choose(0, false);
   picture();
-  const { kl, sampling, block_diagonality, ...whole } = data.whole;
-  const parts = [["In all", whole], ["KL of the whole update", kl], ["Check of the drawn labels", sampling], ["Outside the layer blocks", block_diagonality]];
-  byId("whole-numbers").replaceChildren(...parts.map(([title, part]) => (part ? panel(title, rowsOf(part)) : null)).filter(Boolean));
+  const parts = Object.entries(data.whole).filter(([key]) => key in WHOLE);
+  const rest = Object.fromEntries(Object.entries(data.whole).filter(([key]) => !(key in WHOLE)));
+  const panels = [panel("In all", rowsOf(rest), data.meanings.whole),
+    ...parts.map(([key, part]) => panel(WHOLE[key], rowsOf(part), data.meanings[`whole ${key}`]))];
+  byId("whole-numbers").replaceChildren(...panels.filter(Boolean));
   const meta = panel("How it was made", rowsOf(data.meta));
   if (meta) byId("whole-numbers").append(meta);
 }

@@ -59,14 +59,24 @@ function rowsOf(section, label = "") {
   });
 }
 
-/** A panel of rows under a heading; none where there is nothing to say. */
-function panel(title, rows) {
+/** Titles of the panels whose meanings are open, which stay so from layer to layer. */
+const opened = new Set();
+
+/** A panel of rows under a heading, with what they mean; none where there is nothing to say. */
+function panel(title, rows, meanings = []) {
   if (rows.length === 0) return null;
   const body = element("tbody");
   for (const [label, text] of rows) {
     body.append(element("tr", {}, [element("th", { scope: "row", textContent: label }), element("td", { textContent: text })]));
   }
-  return element("div", { className: "panel" }, [element("h3", { textContent: title }), element("table", {}, [body])]);
+  const made = element("div", { className: "panel" }, [element("h3", { textContent: title }), element("table", {}, [body])]);
+  if (meanings.length) {
+    const terms = meanings.flatMap(([term, text]) => [element("dt", { textContent: term }), element("dd", { textContent: text })]);
+    const meant = element("details", { open: opened.has(title) }, [element("summary", { textContent: "What these are" }), element("dl", {}, terms)]);
+    meant.addEventListener("toggle", () => (meant.open ? opened.add(title) : opened.delete(title)));
+    made.append(meant);
+  }
+  return made;
 }
 
 /** A table of numbers beside a picture. */
