@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -200,8 +201,10 @@ class Calibration:
         rank: the number of eigenvalues above round-off, of all layers.
         keeps_half: the one damping that keeps half of the effective dimension of the whole.
         keeps_most: that keeps 90 % of it.
-        layers_apart: the largest over the smallest of the layers' own dampings that keep 90 % of theirs; where it is
-            large, no one damping serves all layers. None of fewer than two layers.
+        layers_apart: the largest over the smallest of the layers' own ``keeps_trace``; where it is large, no one
+            damping serves all layers. None of fewer than two layers.
+        keeps_trace: the eigenvalue down to which 90 % of the whole trace lie; what needs a damping takes it where none
+            was given.
     """
 
     lambdas: tuple[float, ...]
@@ -211,6 +214,7 @@ class Calibration:
     keeps_half: float
     keeps_most: float
     layers_apart: float | None
+    keeps_trace: float = inf
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,6 +233,7 @@ class Whole:
         sampling: check of the drawn labels themselves.
         block_diagonality: share of the Fisher outside the layers' blocks.
         signal: gradient signal to noise of all layers together.
+        unused: layers that were asked for and have no block, since no forward used them.
     """
 
     parameters: int
@@ -242,6 +247,7 @@ class Whole:
     sampling: SamplingCheck | None = None
     block_diagonality: BlockDiagonality | None = None
     signal: Signal | None = None
+    unused: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         from .text import whole_text

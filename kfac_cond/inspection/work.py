@@ -58,7 +58,7 @@ class Work:
             self._of_whole["calibration"] = calibration = calibrated(list(spectra.values()))
             if self.damping is None:
                 # Of a Fisher that is zero any is as good.
-                self.at = calibration.keeps_most if isfinite(calibration.keeps_most) else 1.0
+                self.at = calibration.keeps_trace if isfinite(calibration.keeps_trace) else 1.0
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)
@@ -114,6 +114,7 @@ class Work:
             None if self.damping is None else sum(one.effective_dimension(self.damping) for one in spectra),
             self._known.covered,
             self._known.uncovered,
+            unused=tuple(self._known.without),
             **self._of_whole,
         )
         meta.pop("counts", None)

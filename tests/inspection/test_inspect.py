@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.inspection import sections, work
+from kfac_cond.inspection.calibration import keeping_trace
 from kfac_cond.inspection.sections import Job, Section
 from kfac_cond.inspection.sources import passes_of_estimate
 from kfac_cond.inspection.spectra import spectrum_of
@@ -151,7 +152,9 @@ def test_dampings_of_the_whole_are_those_of_all_eigenvalues(model: nn.Module, da
     assert found.rank == int((e > 0).sum())
     for share, damping in ((0.5, found.keeps_half), (0.9, found.keeps_most)):
         assert float((e / (e + damping)).sum()) == pytest.approx(share * found.rank, rel=1e-6)
-    own = [layer.damping_for(0.9) for layer in report.values()]
+    falling, total = e.sort(descending=True).values, float(e.sum())
+    assert found.keeps_trace == float(falling[int((falling.cumsum(0) < 0.9 * total).sum())])
+    own = [keeping_trace([layer.spectrum], 0.9) for layer in report.values() if layer.spectrum is not None]
     assert found.layers_apart == pytest.approx(max(own) / min(own))
     assert found.lambdas[-1] / 10 < float(e.max()) <= found.lambdas[-1]
 
@@ -305,13 +308,13 @@ def test_sections_go_to_their_places(model: nn.Module, data: list[Tensor], monke
     assert report.to_dict()["whole"]["kl"]["number"] == 0.25
 
 
-def test_where_no_damping_is_given_sections_get_that_which_keeps_most(
+def test_where_no_damping_is_given_sections_get_that_down_to_which_the_trace_lies(
     model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sections, "SECTIONS", (section("signal"),))
     report = kc.inspect(model, data, "categorical")
-    assert report.whole.kl.number == report.whole.calibration.keeps_most
-    assert report["0"].health.damping == report.whole.calibration.keeps_most
+    assert report.whole.kl.number == report.whole.calibration.keeps_trace
+    assert report["0"].health.damping == report.whole.calibration.keeps_trace
 
 
 @pytest.mark.parametrize("error", [kc.LikelihoodError("no labels"), RuntimeError("out of memory")])

@@ -1,0 +1,242 @@
+"""Rules of what a layer's block says by itself: its spectrum, what it can be computed with, and what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+from ..calibration import cosine_expected, keeping_trace
+from ..findings import Finding
+from ..limits import (
+    ASYMMETRY,
+    DEAD_INPUTS,
+    DEAD_OUTPUTS,
+    DEFICIENT,
+    FAILED,
+    FEW_POSITIONS,
+    ILL_CONDITIONED,
+    LABEL_NOISE,
+    NEGATIVE,
+    NO_CURVATURE,
+    NO_INVERSE,
+    NOT_FINITE,
+    RESIDUAL,
+    SGD,
+)
+from ..plain import flat
+
+if TYPE_CHECKING:
+    from ..report import LayerReport, Report
+    from ..spectra import Spectrum
+
+MOSTLY = 0.9
+"""Share of eigenvalues below the damping from which on the damping, not a flat spectrum, makes steps those of SGD."""
+PRECISION = 0.1
+"""Relative standard error that the advised number of draws comes to."""
+SHOWN = 5
+"""Indices that are written out."""
+
+
+def advised(spectrum: Spectrum) -> str:
+    """A damping to try in a layer, in words."""
+    of_trace, of_dimension = keeping_trace([spectrum], 0.9), spectrum.damping_for(0.9)
+    return (
+        f"try {of_trace:.1g}, above which 90 % of its trace lie; {of_dimension:.1g} is the damping that keeps 90 % of "
+        f"its effective dimension"
+    )
+
+
+def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    at, spectrum = report.damping, layer.spectrum
+    if not at or spectrum is None or spectrum.trace == 0.0 or layer.parameters == 1:
+        return
+    below = spectrum.share_below(at)
+    measured = None if layer.update is None or layer.update.damping != at else layer.update.cosine
+    cosine = cosine_expected(spectrum, at) if measured is None else measured
+    if below < MOSTLY or cosine < SGD.value:
+        return
+    share = "all" if below == 1.0 else f"{100 * below:.3g} %"
+    yield SGD.found(
+        layer.name,
+        cosine,
+        f"{share} of eigenvalues lie below damping {at:.2g}, and the cosine of its update and its gradient is "
+        f"{cosine:.3f}; K-FAC acts as SGD there",
+        advised(spectrum),
+    )
+
+
+def ill_conditioned(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    at, spectrum = report.damping, layer.spectrum
+    if at is None or spectrum is None or spectrum.trace == 0.0:
+        return
+    noise = spectrum.round_off * spectrum.largest
+    if at >= noise:
+        return
+    blame = {"A": ", side A (inputs) is to blame", "G": ", side G (output gradients) is to blame"}
+    yield ILL_CONDITIONED.found(
+        layer.name,
+        at / noise,
+        f"the condition number of F + {at:.2g} is {spectrum.condition(at):.2g}, beyond the {1 / spectrum.round_off:.2g} "
+        f"that its precision resolves{blame.get(spectrum.blame or '', '')}: the smallest directions are divided by "
+        f"round-off",
+        f"raise the damping above {noise:.1g}: {advised(spectrum)}",
+    )
+
+
+def rank_deficient(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    spectrum = layer.spectrum
+    if spectrum is None or spectrum.trace == 0.0 or spectrum.rank >= DEFICIENT.value * spectrum.size:
+        return
+    blame = {"A": "; side A (inputs) is to blame", "G": "; side G (output gradients) is to blame"}
+    yield DEFICIENT.found(
+        layer.name,
+        spectrum.rank / spectrum.size,
+        f"{spectrum.rank:,} of {spectrum.size:,} eigenvalues are above round-off{blame.get(spectrum.blame or '', '')}",
+        "estimate over more data if examples are fewer than the sides are wide; else the layer has directions that "
+        "change no prediction, and the damping alone bounds steps along them",
+    )
+
+
+def no_curvature(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    if layer.spectrum is None or layer.spectrum.trace > 0.0:
+        return
+    yield NO_CURVATURE.found(
+        layer.name,
+        0.0,
+        "its Fisher is zero: nothing that it does changes the predictions",
+        "look for a detached output, units that are all dead or saturated, or a loss that leaves its head out; "
+        "K-FAC would divide its gradient by the damping alone",
+    )
+
+
+def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    spectrum = layer.spectrum
+    if spectrum is None or spectrum.trace == 0.0:
+        return
+    inputs, outputs = layer.shape[-1], layer.shape[-2]
+    groups = layer.parameters // (inputs * outputs) or 1
+    for limit, found, every, what, advice in (
+        (
+            DEAD_INPUTS,
+            spectrum.dead_inputs,
+            groups * inputs,
+            "inputs are always zero",
+            "of data they are constant features, which may be left out; of a hidden layer the units before are dead: a "
+            "lower learning rate, or another initialisation or activation",
+        ),
+        (
+            DEAD_OUTPUTS,
+            spectrum.dead_outputs,
+            groups * outputs,
+            "outputs have no effect on any prediction, and so no gradient",
+            "prune these units or start them anew; a lower learning rate, or an activation that does not die",
+        ),
+    ):
+        if len(found) > limit.value * every:
+            yield limit.found(layer.name, len(found) / every, f"{len(found)} of {every} {what} ({_listed(found)})", advice)
+
+
+def label_noise(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    if layer.sampling is None or not layer.sampling.trace.relative > LABEL_NOISE.value:
+        return
+    trace = layer.sampling.trace
+    yield LABEL_NOISE.found(
+        layer.name,
+        trace.relative,
+        f"drawing labels leaves its trace uncertain by {100 * trace.relative:.0f} % with {trace.draws} draws a term",
+        f"samples={trace.draws_needed(PRECISION)} brings it to {100 * PRECISION:.0f} %, and so do as many times more "
+        f"examples; kind='exact' needs no draws",
+    )
+
+
+def few_positions(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    side = max(layer.shape[-2:])
+    staleness, counts = layer.staleness, layer.counts
+    positions = staleness.effective_positions if staleness is not None else counts.positions if counts else None
+    if positions is None or positions >= side:
+        return
+    yield FEW_POSITIONS.found(
+        layer.name,
+        positions / side,
+        f"its factors are averages of about {positions:.0f} positions, and have a side of {side}: they are singular, "
+        f"and in the rest the damping decides",
+        "estimate over more data; in training a decay nearer to 1 or larger batches, and early in a run it goes by "
+        "itself",
+    )
+
+
+def numerics(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    health = layer.health
+    if health is None:
+        return
+    if health.asymmetry > ASYMMETRY.value:
+        yield ASYMMETRY.found(
+            layer.name,
+            health.asymmetry,
+            f"a side differs from its transpose by {health.asymmetry:.2g} of its length",
+            "second moments are symmetric: estimate again with Options(dtype=torch.float32), and look for factors that "
+            "were edited or merged by hand",
+        )
+    if health.negative_mass > NEGATIVE.value:
+        yield NEGATIVE.found(
+            layer.name,
+            health.negative_mass,
+            f"{100 * health.negative_mass:.2g} % of its spectrum is negative, and counted as zero",
+            "keep statistics in float32 or wider, Options(dtype=torch.float32); what was subtracted or edited is no "
+            "second moment",
+        )
+    if health.residual is not None and health.residual > RESIDUAL.value:
+        yield RESIDUAL.found(
+            layer.name,
+            health.residual,
+            f"(F + {health.damping:.2g})^-1 is off by {100 * health.residual:.2g} % of a vector",
+            "raise the damping, or compute in float64: Options(dtype=torch.float64)",
+        )
+
+
+def failed(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    if layer.health is not None and layer.health.failures:
+        yield FAILED.found(
+            layer.name,
+            layer.health.failures,
+            f"its last {layer.health.failures} factorisations failed, and an older inverse stands in",
+            "raise the damping; look for too high a learning rate or fp16 overflow",
+        )
+    why = report.problems.get(f"the inverse of {layer.name}")
+    if why is not None:
+        yield NO_INVERSE.found(layer.name, 1, f"it has no inverse: {why}", "raise the damping")
+
+
+def not_finite(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    bad = [key for key, value in flat(layer.to_dict()).items() if _is_bad(key, value)]
+    if bad:
+        yield NOT_FINITE.found(
+            layer.name,
+            len(bad),
+            f"{', '.join(bad[:SHOWN])}{' ...' * (len(bad) > SHOWN)} not finite",
+            "look for NaN or infinite weights, inputs or labels, or too high a learning rate",
+        )
+
+
+def _is_bad(key: str, value: Any) -> bool:
+    """NaN is; an infinite condition number or noise scale is an answer, an infinite length is none."""
+    return isinstance(value, float) and (isnan(value) or (value == float("inf") and key.endswith("_norm")))
+
+
+def _listed(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:SHOWN])) + " ..." * (len(indices) > SHOWN)
+
+
+RULES: tuple[Callable[[LayerReport, Report], Iterator[Finding]], ...] = (
+    not_finite,
+    no_curvature,
+    dead,
+    acts_as_sgd,
+    ill_conditioned,
+    rank_deficient,
+    few_positions,
+    label_noise,
+    numerics,
+    failed,
+)

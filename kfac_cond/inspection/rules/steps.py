@@ -1,0 +1,144 @@
+"""Rules of what was measured over data, layer by layer: divergences, errors, labels, updates, staleness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from ..findings import Finding
+from ..limits import (
+    CONCENTRATED,
+    DRIFTED,
+    EKFAC,
+    EMPIRICAL,
+    FEW,
+    INDEPENDENCE,
+    LARGE_STEP,
+    STALE,
+    SURPRISED,
+)
+
+if TYPE_CHECKING:
+    from ..report import LayerReport, Report
+
+SURE = 2.0
+"""Standard errors that a number must be beyond its threshold by."""
+
+
+def concentrated(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    if layer.kl is None or len(report) < FEW or layer.kl.share <= CONCENTRATED.value:
+        return
+    yield CONCENTRATED.found(
+        layer.name,
+        layer.kl.share,
+        f"{100 * layer.kl.share:.0f} % of the update's KL is in this layer of {len(report)}",
+        "raise its damping with rules={pattern: dict(damping=...)}, so that a trust region does not shorten the others",
+    )
+
+
+def large_step(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    update = layer.update
+    if report.damping is None or update is None or not (update.update_to_weight or 0.0) > LARGE_STEP.value:
+        return
+    share = update.update_to_weight
+    yield LARGE_STEP.found(
+        layer.name,
+        share,
+        f"a step of learning rate 1 moves it by {100 * share:.3g} % of the length of its weights",
+        f"keep its learning rate below {LARGE_STEP.value / share:.1g}, bound the update with "
+        f"trust_region=kc.KLClip(1e-3), or raise the damping above {update.damping:.1g}",
+    )
+
+
+def ekfac_better(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    found = layer.approximation
+    if found is None or not found.kfac > 0.0 or found.ekfac >= EKFAC.value * found.kfac:
+        return
+    error = _root((found.kfac_standard_error or 0.0) * EKFAC.value, found.ekfac_standard_error or 0.0)
+    if EKFAC.value * found.kfac - found.ekfac <= SURE * error:
+        return
+    yield EKFAC.found(
+        layer.name,
+        found.ekfac / found.kfac,
+        f"'kfac' is off the exact block by {100 * found.kfac:.0f} %, 'ekfac' by {100 * found.ekfac:.0f} %",
+        "use structure='ekfac', or for this layer alone rules={pattern: dict(structure='ekfac')}",
+    )
+
+
+def independence(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    found = layer.approximation
+    if found is None or not found.independence_gap > 0.0:
+        return
+    gap, spread = found.independence_gap, SURE * (found.gap_standard_error or 0.0)
+    if not (gap - spread > INDEPENDENCE.value or gap + spread < 1 / INDEPENDENCE.value):
+        return
+    adds_up = "the positions of an example add up" if gap < 1 else "large inputs come with small gradients"
+    yield INDEPENDENCE.found(
+        layer.name,
+        gap,
+        f"the trace of 'kfac' is {gap:.2g} times that of the exact block: {adds_up}",
+        "use structure='ekfac', whose trace is exact"
+        + (", or rules={pattern: dict(sharing='reduce')}, which adds positions up" if gap < 1 else ""),
+    )
+
+
+def against_empirical(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    ratio = None if layer.empirical is None else layer.empirical.trace_ratio
+    if ratio is None:
+        return
+    if ratio < EMPIRICAL.value:
+        yield EMPIRICAL.found(
+            layer.name,
+            ratio,
+            f"the empirical Fisher has {100 * ratio:.2g} % of its trace: the data's labels are fitted closer than the "
+            f"model's own draws",
+            "draw labels, as this library does: steps by the empirical Fisher would grow as the loss falls",
+        )
+    if ratio > SURPRISED.value:
+        yield SURPRISED.found(
+            layer.name,
+            ratio,
+            f"the empirical Fisher has {ratio:.2g} times its trace: the data's labels surprise the model more than it "
+            f"expects",
+            "early in training that is so; of a trained model look for over-confidence (calibrate a temperature), wrong "
+            "labels, or a variance of the likelihood that is too small",
+        )
+
+
+def stale(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    found = layer.staleness
+    if found is None:
+        return
+    age = "" if found.age is None else f", made {found.age} steps ago,"
+    advice = "refresh more often, Schedule(inverses=...) or kc.Adaptive, or forget more slowly, Schedule(decay=...)"
+    if found.cosine is not None and found.cosine < STALE.value:
+        yield STALE.found(
+            layer.name,
+            found.cosine,
+            f"its inverse{age} turns an update by a cosine of {found.cosine:.3f} from a fresh one's: it is stale",
+            advice,
+        )
+    drift = max(found.off_diagonal_A or 0.0, found.off_diagonal_G or 0.0)
+    if found.cosine is None and drift > DRIFTED.value:
+        yield DRIFTED.found(
+            layer.name,
+            drift,
+            f"{100 * drift:.0f} % of a side is off its diagonal in the basis of its inverse{age} so the basis is no "
+            f"longer its own",
+            advice,
+        )
+
+
+def _root(*errors: float) -> float:
+    return sqrt(sum(error**2 for error in errors))
+
+
+RULES: tuple[Callable[[LayerReport, Report], Iterator[Finding]], ...] = (
+    stale,
+    large_step,
+    against_empirical,
+    concentrated,
+    independence,
+    ekfac_better,
+)
