@@ -71,7 +71,7 @@ FEW_POSITIONS = Limit(
     "few-positions",
     "info",
     1.0,
-    "positions behind a factor over its larger side < 1",
+    "positions behind a factor for each row of its larger side < 1",
     "the factors are singular, and in the rest the damping decides",
 )
 SCALE = Limit(
@@ -85,8 +85,8 @@ UNDERPREDICTED = Limit(
     "kl-underpredicted",
     "warning",
     3.0,
-    "measured over predicted KL of the update > 3",
-    "a trust region on the predicted KL then lets steps through that are 1.7 times too long",
+    "measured KL of the update over 1/2 u^T (F + lambda) u > 3",
+    "the damping no longer makes up for what F lacks, and a step is 1.7 times too long or more",
 )
 NOT_QUADRATIC = Limit(
     "not-quadratic",
@@ -106,8 +106,15 @@ LARGE_STEP = Limit(
     "large-step",
     "warning",
     0.3,
-    "share of the weights' length that a step moves > 0.3",
+    "in training: share of the weights' length that a step moves > 0.3",
     "a few such steps, and nothing is left of what the layer was; plain training moves about a thousandth",
+)
+DISPROPORTIONATE = Limit(
+    "disproportionate",
+    "info",
+    10.0,
+    "update over weights, over the median of four layers or more > 10",
+    "no one learning rate suits this layer and the others",
 )
 EKFAC = Limit(
     "ekfac-better",

@@ -158,11 +158,12 @@ def few_positions(layer: LayerReport, report: Report) -> Iterator[Finding]:
         return
     yield FEW_POSITIONS.found(
         layer.name,
-        positions / side,
+        positions,
         f"its factors are averages of about {positions:.0f} positions, and have a side of {side}: they are singular, "
         f"and in the rest the damping decides",
         "estimate over more data; in training a decay nearer to 1 or larger batches, and early in a run it goes by "
         "itself",
+        threshold=side,
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import sqrt
+from statistics import median
 from typing import TYPE_CHECKING
 
 from ..findings import Finding
 from ..limits import (
     CONCENTRATED,
+    DISPROPORTIONATE,
     DRIFTED,
     EKFAC,
     EMPIRICAL,
     FEW,
     INDEPENDENCE,
-    LARGE_STEP,
     STALE,
     SURPRISED,
 )
@@ -37,17 +38,17 @@ def concentrated(layer: LayerReport, report: Report) -> Iterator[Finding]:
     )
 
 
-def large_step(layer: LayerReport, report: Report) -> Iterator[Finding]:
-    update = layer.update
-    if report.damping is None or update is None or not (update.update_to_weight or 0.0) > LARGE_STEP.value:
+def disproportionate(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    every = [one.update.update_to_weight or 0.0 for one in report.values() if one.update is not None]
+    own = None if layer.update is None else layer.update.update_to_weight
+    if own is None or len(every) < FEW or not own > DISPROPORTIONATE.value * median(every) > 0.0:
         return
-    share = update.update_to_weight
-    yield LARGE_STEP.found(
+    yield DISPROPORTIONATE.found(
         layer.name,
-        share,
-        f"a step of learning rate 1 moves it by {100 * share:.3g} % of the length of its weights",
-        f"keep its learning rate below {LARGE_STEP.value / share:.1g}, bound the update with "
-        f"trust_region=kc.KLClip(1e-3), or raise the damping above {update.damping:.1g}",
+        own / median(every),
+        f"a step moves it by {own / median(every):.2g} times the share of its weights that it moves of other layers",
+        f"a learning rate that suits them is too large here: raise its damping above {layer.update.damping:.1g} with "
+        f"rules={{pattern: dict(damping=...)}}, or bound the update with trust_region=kc.KLClip(1e-3)",
     )
 
 
@@ -136,7 +137,7 @@ def _root(*errors: float) -> float:
 
 RULES: tuple[Callable[[LayerReport, Report], Iterator[Finding]], ...] = (
     stale,
-    large_step,
+    disproportionate,
     against_empirical,
     concentrated,
     independence,

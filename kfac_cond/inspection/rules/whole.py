@@ -22,6 +22,7 @@ from ..limits import (
 from .steps import SURE
 
 if TYPE_CHECKING:
+    from ..divergence import WholeKL
     from ..report import Report
 
 SHOWN = 3
@@ -97,15 +98,15 @@ def divergence(report: Report) -> Iterator[Finding]:
     kl = report.whole.kl
     if kl is None:
         return
-    if kl.ratio is not None and kl.ratio > UNDERPREDICTED.value:
-        at = "" if kl.damping is None else f" at damping {kl.damping:.2g}"
-        raised = "raise the damping" if kl.damping is None else f"raise the damping, say to {10 * kl.damping:.1g}"
+    ratio = _over_damped(kl)
+    if ratio is not None and kl.damping is not None and ratio > UNDERPREDICTED.value:
         yield UNDERPREDICTED.found(
             None,
-            kl.ratio,
-            f"the update{at} changes the predictions {kl.ratio:.3g} times as much as F says, and so goes where F is too "
-            f"small",
-            f"{raised}, use structure='ekfac', or bound the measured KL rather than the predicted one",
+            ratio,
+            f"the update at damping {kl.damping:.2g} changes the predictions {kl.ratio:.3g} times as much as F says, and "
+            f"{ratio:.3g} times as much as F and the damping together: it goes where F is too small",
+            f"raise the damping, say to {ratio * kl.damping:.1g}, at which the two come about even; use "
+            f"structure='ekfac'; or shorten steps by the KL that is measured, not the one that is predicted",
         )
     if kl.remainder is not None and kl.remainder > NOT_QUADRATIC.value:
         yield NOT_QUADRATIC.found(
@@ -116,6 +117,13 @@ def divergence(report: Report) -> Iterator[Finding]:
             "raise the damping, so that the update keeps to directions that F knows, and take the predicted KL for no "
             "bound",
         )
+
+
+def _over_damped(kl: WholeKL) -> float | None:
+    """Measured KL over 1/2 u^T (F + lambda) u; of u = (F + lambda)^-1 g that is half of g^T u, decrease and KL added."""
+    if kl.measured is None or kl.decrease is None or not kl.decrease + kl.predicted > 0.0:
+        return None
+    return 2 * kl.measured / (kl.decrease + kl.predicted)
 
 
 def small_batch(report: Report) -> Iterator[Finding]:
@@ -153,14 +161,15 @@ def coupled(report: Report) -> Iterator[Finding]:
 
 def apart(report: Report) -> Iterator[Finding]:
     spectra = {name: layer.spectrum for name, layer in report.items() if layer.spectrum is not None}
-    calibration = report.whole.calibration
-    if calibration is None or calibration.layers_apart is None or calibration.layers_apart <= APART.value:
-        return
     own = {name: keeping_trace([one], 0.9) for name, one in spectra.items() if one.trace > 0.0}
+    if len(own) < 2:
+        return
     least, most = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+    if own[most] <= APART.value * own[least]:
+        return
     yield APART.found(
         None,
-        calibration.layers_apart,
+        own[most] / own[least],
         f"90 % of the trace lie above {own[most]:.1g} in `{most}` and above {own[least]:.1g} in `{least}`: one damping "
         f"does not serve both",
         "give layers dampings of their own, rules={pattern: dict(damping=...)}, or one that is relative to each block's "
