@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from ..checks import checked_rules, is_whole, settings_of
 from ..data import leading_dimension
 from ..errors import ArgumentError
-from ..estimate import limited
+from ..estimate import estimate, limited
 from ..heads import Distribution
 from ..layers.layer import Layer
 from ..layers.survey import survey
 from ..linalg.inner import inner_products, squared_inner_products
 from ..linalg.sides import Diagonal, Side, inner
 from ..linalg.sparse import SparseRows
-from ..options import Batches, Kind, Options
+from ..options import Batches, Kind, Options, Request
 from ..partial import Partial
 from ..passes import Pass, checked_batches
 from ..statistics import Statistics
 from ..structures import Block, Fisher, KroneckerBlock, LayerByLayer
 from ..structures.collectors import Pairs
 from ..structures.diagonalised import DiagonalisedBlock
+from ..structures.keeping import EigenCollector
 from .requests import request_of
 
 EXAMPLES = 512
@@ -43,11 +44,13 @@ class ApproximationError:
     the F'. |F|^2 = (1/M^2) sum_nm E<V_n, V_m>^2 and <F, F'> come from inner products of gradients: no matrix has the
     side of vec V_n. From drawn labels, F and F' are estimated by each draw (or group of draws) alone, and only products
     of two different ones enter: then |F - F'|^2 and |F|^2 are unbiased, and the noise of drawing does not count as
-    error. No unit. Cost: a forward and a backward for each draw, then N^2 draws^2 (d_in + d_out) for one position.
+    error. No unit. Cost: two forwards, two backwards a draw, then N^2 draws^2 (d_in + d_out) for one position.
 
     Args:
-        kfac: the error of 'kfac'; 0 where the estimate of its square is negative.
-        ekfac: that of 'ekfac' in the eigenbasis of all draws likewise.
+        kfac: the error of 'kfac'; 0 where the estimate of its square is negative. Where 'kfac' is no linear function of
+            the moments (norms, and parameters by themselves), it is that of one draw.
+        ekfac: that of 'ekfac' likewise, in the eigenbasis of as many other draws: one of the same would fit their
+            noise, and seem too good.
         diagonal: that of 'diagonal' likewise.
         kfac_standard_error: of the error of 'kfac', by leaving out one draw at a time; 0 of the exact expectation, None
             of two draws.
@@ -76,8 +79,8 @@ class ApproximationError:
 
 
 def passes(samples: int) -> float:
-    """Forward-backwards over the examples looked at: a forward and a backward to the layers for each draw."""
-    return (1 + samples) / 3
+    """Forward-backwards over the examples looked at: twice a forward, and a backward to the layers for each draw."""
+    return 2 * (1 + samples) / 3
 
 
 PASSES = passes
@@ -97,7 +100,8 @@ def measure(
     """The errors of approximations of each layer of a Fisher, over the first ``EXAMPLES`` examples of the data.
 
     Args:
-        model, data, likelihood, options: as for ``kc.estimate``; labels are always drawn anew.
+        model, likelihood, options: as for ``kc.estimate``; labels are always drawn anew.
+        data: batches that can be gone through twice; once for 'exact'.
         fisher: says which layers; its own blocks are not what is looked at.
         kind: 'sampled' or 'exact', the expectation over y; the latter takes a backward for each term and output.
         samples: label draws, 2 at least, of 'sampled'.
@@ -112,7 +116,11 @@ def measure(
             f"each can be compared with the others"
         )
     chosen = replace(settings_of(options, Options, "options"), draws=None, dtype=_widest(model), partial=None)
-    single = _pass(model, first_examples(data, EXAMPLES), likelihood, fisher, (kind, samples, rules, chosen))
+    drawn = samples if kind == "sampled" else 1
+    first = first_examples(data, EXAMPLES)
+    request = request_of(model, first, likelihood, chosen, kind=kind, samples=drawn)
+    request = replace(request, rules=checked_rules(rules))
+    single = Pass(request, partial(_made, request, fisher, _bases(request) if kind == "sampled" else {}))
     total = single.run(Partial(None, {}))
     single.check_complete(total)
     return dict(_errors(single, total))
@@ -155,30 +163,41 @@ class Keeping(LayerByLayer):
         super().take(pairs, weight, slot)
 
 
-Settings = tuple[Kind, int, Mapping[str, Mapping[str, Any]] | None, Options]
+def _bases(request: Request) -> Mapping[str, Block]:
+    """G (x) A of other draws, and as many."""
+    seed = request.options.seed
+    other = (torch.initial_seed() if seed is None else seed) + 1
+    options = replace(request.options, seed=other % 2**63, progress=False)
+    return estimate(
+        request.model,
+        request.data,
+        request.likelihood,
+        kind=request.kind,
+        samples=request.samples,
+        rules=request.rules,
+        options=options,
+    )
 
 
-def _pass(
-    model: nn.Module, data: Batches, likelihood: Distribution | str | nn.Module, fisher: Fisher, settings: Settings
-) -> Pass:
-    """A pass that makes all approximations of a Fisher's layers from the same gradients, and keeps these."""
-    kind, samples, rules, options = settings
-    request = request_of(model, data, likelihood, options, kind=kind, samples=samples if kind == "sampled" else 1)
-    request = replace(request, rules=checked_rules(rules))
-
-    def made(functional: frozenset[str]) -> tuple[dict[str, Layer], list[LayerByLayer]]:
-        found = survey(model, request.rules, functional=functional).layers
-        layers = {name: limited(layer, options.max_factor_dim) for name, layer in found.items() if name in fisher}
-        if not layers:
-            raise ArgumentError(
-                f"the Fisher has {', '.join(list(fisher)[:3])}, none of which is a layer of {type(model).__name__}: "
-                f"expected one of its layers, as 'kfac' has them"
-            )
-        limits = {name: layer.max_factor_dim for name, layer in layers.items()}
-        plain = {word: LayerByLayer(*_storage(layers, word), limits=limits) for word in ("kfac", "diagonal")}
-        return layers, [plain["kfac"], Keeping(layers, "ekfac"), plain["diagonal"]]
-
-    return Pass(request, made)
+def _made(
+    request: Request, fisher: Fisher, bases: Mapping[str, Block], functional: frozenset[str]
+) -> tuple[dict[str, Layer], list[LayerByLayer]]:
+    """The layers of a Fisher, and what makes all approximations of them from the same gradients and keeps these."""
+    found = survey(request.model, request.rules, functional=functional).layers
+    limit = request.options.max_factor_dim
+    layers = {name: limited(layer, limit) for name, layer in found.items() if name in fisher}
+    if not layers:
+        raise ArgumentError(
+            f"the Fisher has {', '.join(list(fisher)[:3])}, none of which is a layer of "
+            f"{type(request.model).__name__}: expected one of its layers, as 'kfac' has them"
+        )
+    limits = {name: layer.max_factor_dim for name, layer in layers.items()}
+    keeping = Keeping(layers, "ekfac")
+    for name, collector in keeping.collectors.items():
+        if isinstance(collector, EigenCollector) and isinstance(basis := bases.get(name), KroneckerBlock):
+            collector.look_again(basis)
+    plain = {word: LayerByLayer(*_storage(layers, word), limits=limits) for word in ("kfac", "diagonal")}
+    return layers, [plain["kfac"], keeping, plain["diagonal"]]
 
 
 def _storage(layers: Mapping[str, Layer], word: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -188,7 +207,7 @@ def _storage(layers: Mapping[str, Layer], word: str) -> tuple[dict[str, Any], di
 def _errors(single: Pass, total: Statistics) -> Iterator[tuple[str, ApproximationError]]:
     slots, (_, keeping, _) = single.slots, single.stored
     assert isinstance(keeping, Keeping)
-    # First of all draws: eigenvalues of every group are in the basis of these.
+    # First of all draws: without a basis of others, eigenvalues of every group are in the basis of these.
     of_all = _blocks(single, total, None)
     groups = [_blocks(single, total, group) for group in range(slots.groups)] if slots.groups > 1 else [of_all]
     scales = {

@@ -37,7 +37,8 @@ def inspect(
     """What the conditional Fisher says about each layer: numbers, a table, a page and advice.
 
     What is inspected is left as it was. Before anything is computed its cost is said, in passes over the data (a
-    forward and a backward each): on standard error where progress is shown, else in the log, at INFO.
+    forward and a backward each): on standard error where progress is shown, else in the log, at INFO. Of a job on
+    several ranks, whose layers are shared out among them, all call it.
 
     Args:
         source: a model; a ``kc.KFAC`` in a running job, whose moving averages are taken as they are; a ``kc.Fisher``;

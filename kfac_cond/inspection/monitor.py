@@ -184,8 +184,7 @@ class Monitor:
         """A reading of this step, which may have parts before."""
         if step.number != self._step:
             self._step, self._known, self._scaled = step.number, {}, step.grad_scale is not None
-        first = next(iter(step.gradients))
-        return Measured(step.shared.layers[first].device)
+        return Measured(next(iter(step.shared.layers.values())).device)
 
     def _measure(self, measured: Measured, layer: Layer, step: Step, g: Tensor, u: Tensor) -> None:
         name, factors = layer.name, step.shared.factors

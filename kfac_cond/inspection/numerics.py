@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from math import isfinite
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..costs import Costing, factor_bytes, inverse_bytes, refresh_flops
+from ..costs import Costing, capture_flops, factor_bytes, inverse_bytes, refresh_flops
 from ..errors import NumericalError
 from ..layers.layer import Layer
 from ..linalg.sides import Diagonal
 from ..structures import Block, KroneckerBlock
 from ..structures.stacked import StackedBlock
+from ..uses import Used
 from .report import Cost, Numerics
 from .spectra import Spectrum
 
@@ -42,12 +42,13 @@ def numerics_of(block: Block, spectrum: Spectrum, *, failures: int | None = None
     return Numerics(max(map(_asymmetry, matrices), default=0.0), spectrum.negative, failures=failures)
 
 
-def cost_of(block: Block, layer: Layer | None) -> Cost:
+def cost_of(block: Block, layer: Layer | None, used: Used | None = None) -> Cost:
     """What a layer's block takes up, and what training it would cost by its shapes; nothing is computed.
 
     Args:
         block: of the layer.
         layer: of a model; None where only the block is known.
+        used: what a forward used of it; None where none was run.
     """
     if layer is None:
         return Cost(_bytes(block))
@@ -56,14 +57,20 @@ def cost_of(block: Block, layer: Layer | None) -> Cost:
         factor_bytes=factor_bytes(layer, EXACT),
         inverse_bytes=inverse_bytes(layer, EXACT),
         refresh_flops=refresh_flops(layer, EXACT),
+        capture_flops=capture_flops(layer, used.rows, used.examples, used.saved) if used else None,
     )
+
+
+def warmed_up(block: Block) -> None:
+    """Load what a decomposition on the block's device loads when it is first used, which is no layer's time."""
+    torch.linalg.eigh(torch.eye(2, dtype=block.dtype, device=block.device))
 
 
 def inverted(block: Block, damping: float, health: Numerics, cost: Cost, *, seed: int) -> tuple[Numerics, Cost]:
     """The residual and the milliseconds of inverting F + damping, added to what is known of the layer.
 
     Args:
-        block: of the layer.
+        block: of the layer, of which nothing was decomposed before; what is decomposed is kept with it.
         damping: lambda > 0, in the units of F.
         health: without a residual.
         cost: without milliseconds.
@@ -72,15 +79,13 @@ def inverted(block: Block, damping: float, health: Numerics, cost: Cost, *, seed
     Raises:
         NumericalError: it has no inverse.
     """
-    # A copy, so that the bases which the inverse is made from are not kept with the block.
-    fresh: Any = replace(block) if is_dataclass(block) else block
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randn(PROBES, *block.layout.matrix_shape, generator=generator, dtype=torch.float64)
     probes = probes.to(block.device, block.dtype)
     # What is queued on the device before is not to be timed.
     float(probes.flatten()[0])
     start = perf_counter()
-    inverse = fresh.inverse(damping=damping)
+    inverse = block.inverse(damping=damping)
     float(inverse.trace())
     milliseconds = 1e3 * (perf_counter() - start)
     back = inverse._product(block._product(probes) + damping * probes) - probes

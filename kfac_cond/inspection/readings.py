@@ -76,7 +76,7 @@ class Measured:
 
     def vector(self) -> Tensor:
         """All of them as one."""
-        return torch.cat(self._parts)
+        return torch.cat([torch.empty(0, dtype=count_dtype(self.device), device=self.device), *self._parts])
 
     def named(self, numbers: Sequence[float]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
         """Numbers by layer and name, and rows likewise, of what ``vector`` became on the host."""

@@ -86,6 +86,8 @@ class Cost:
         factor_bytes: of its moving averages in training, predicted; None where no model was given, as the next two.
         inverse_bytes: of the inverse of F + lambda, predicted.
         refresh_flops: floating-point operations of making it, predicted.
+        capture_flops: those of adding the first batch to the factors, for one draw of labels, predicted; None where no
+            forward was run.
         held_by_inverse: bytes of that inverse, measured; None where nothing was inverted.
         milliseconds: of making it, measured.
         predicted_milliseconds: the operations, at the rate at which all layers together went: a layer that takes many
@@ -96,6 +98,7 @@ class Cost:
     factor_bytes: int | None = None
     inverse_bytes: int | None = None
     refresh_flops: int | None = None
+    capture_flops: int | None = None
     held_by_inverse: int | None = None
     milliseconds: float | None = None
     predicted_milliseconds: float | None = None

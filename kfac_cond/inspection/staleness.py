@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum
@@ -17,7 +18,6 @@ from ..linalg.damping import factored_damping
 from ..linalg.eigen import eigenbases
 from ..linalg.sides import Diagonal, Side, inner
 from ..linalg.subspace import off_diagonal_share
-from ..preconditioner import KFAC
 from ..structures import (
     Block,
     DiagonalBlock,
@@ -28,6 +28,9 @@ from ..structures import (
     diagonals_in,
 )
 from .gradients import cosine, of_layer
+
+if TYPE_CHECKING:
+    from ..preconditioner import KFAC
 
 PASSES = 0.0
 """It goes through no data."""

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, KFACError, NumericalError
 from ..structures import Fisher
 from .calibration import calibrated
 from .meter import Meter
-from .numerics import cost_of, inverted, numerics_of, with_predictions
+from .numerics import cost_of, inverted, numerics_of, warmed_up, with_predictions
 from .report import Counts, LayerReport, Report, Whole
 from .sections import Job, Section
 from .sources import Known, copied
@@ -62,8 +62,10 @@ class Work:
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)
-        costs = {name: cost_of(block, self._known.layers.get(name)) for name, block in self.fisher.items()}
-        if invert and self.at > 0.0:
+        layers, used = self._known.layers, self._known.used
+        costs = {name: cost_of(block, layers.get(name), used.get(name)) for name, block in self.fisher.items()}
+        if invert and self.at > 0.0 and spectra:
+            warmed_up(self.fisher[next(iter(spectra))])
             for name in meter.each(spectra, "inverses"):
                 found = self._of_layers[name]
                 try:

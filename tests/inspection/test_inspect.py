@@ -93,6 +93,12 @@ def test_what_is_counted() -> None:
     assert scale.note
 
 
+def test_operations_of_a_capture_are_those_of_the_coverage(model: nn.Module, data: list[Tensor]) -> None:
+    report, rows = kc.inspect(model, data, "categorical", level="quick"), kc.coverage(model, data[0]).rows
+    found = {row.layer: row.capture_flops for row in rows if row.d_in}
+    assert {name: layer.cost.capture_flops for name, layer in report.items()} == found
+
+
 def test_terms_and_examples_are_different_numbers() -> None:
     likelihood = kc.Categorical(dim=-1)
     report = kc.inspect(nn.Linear(3, 2), [torch.randn(5, 7, 3)], likelihood, level="quick")

@@ -199,6 +199,22 @@ def test_several_optimizers_make_one_reading():
     assert [sorted(reading.layers) for reading in monitor.readings] == [["0", "2"]] * 2
 
 
+def test_a_layer_that_turns_out_to_have_another_form_is_read_in_that():
+    """Its weight is used without a call of its module, which the first capture finds out within its step."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(nn.functional.linear(x, self.layer.weight, self.layer.bias).tanh())
+
+    monitor, _ = monitored(3, make=Functional)
+    assert [reading.step for reading in monitor.readings] == [0, 1, 2]
+    assert set(monitor.readings[-1].layers) == {"layer.weight", "layer.bias", "out"}
+
+
 def test_by_hand_as_well():
     model = network()
     kfac = kc.KFAC(model, "categorical", damping=0.1)

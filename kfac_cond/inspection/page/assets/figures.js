@@ -102,15 +102,28 @@ function logAxis(values, title = "", ticks = 6) {
   return decades < 1.5 ? { type: "log", title } : { type: "log", title, dtick: Math.ceil(decades / ticks) };
 }
 
+const SYMBOLS = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", cross: "✚", star: "★" };
+
+/** The symbol of each kind of layer, and how the kinds are told apart in words. */
+function symbolsOf(rows) {
+  const kinds = [...new Set(rows.map((row) => row.kind))];
+  const names = Object.keys(SYMBOLS);
+  const symbols = new Map(kinds.map((kind, index) => [kind, names[Math.min(index, names.length - 1)]]));
+  const said = kinds.length > 1 ? kinds.map((kind) => `${SYMBOLS[symbols.get(kind)]} ${kind || "other"}`).join(", ") : "";
+  return { symbols, said };
+}
+
 /** Points over depth, one a layer. */
 function overDepth(rows, value, { title, log = true, colours = null, type = "scatter" }) {
   const drawn = rows.filter((row) => isShown(value(row)) && (!log || value(row) > 0));
   if (drawn.length === 0) return null;
-  const marks = colours ? drawn.map(colours) : colour("accent");
+  const marker = { color: colours ? drawn.map(colours) : colour("accent"), size: 6 };
+  const { symbols } = symbolsOf(rows);
+  if (symbols.size > 1) marker.symbol = drawn.map((row) => symbols.get(row.kind));
   const trace = {
     type, mode: drawn.length > 60 ? "markers" : "lines+markers", x: drawn.map((row) => row.depth), y: drawn.map(value),
-    customdata: drawn.map((row) => row.index), hovertext: drawn.map((row) => `${inert(row.name)}<br>${written(value(row))}`),
-    hoverinfo: "text", line: { color: colour("line"), width: 1 }, marker: { color: marks, size: 6 },
+    customdata: drawn.map((row) => row.index), hovertext: drawn.map((row) => `${inert(row.name)}<br>${inert(row.kind)} ${written(value(row))}`),
+    hoverinfo: "text", line: { color: colour("line"), width: 1 }, marker,
   };
   const values = drawn.map(value);
   const said = `${title}, by depth: ${drawn.length} layers, from ${written(Math.min(...values))} to ${written(Math.max(...values))}.`;

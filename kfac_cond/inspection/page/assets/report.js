@@ -237,6 +237,7 @@ function wire() {
   for (const needing of document.querySelectorAll("[data-needs]")) {
     needing.hidden = !rows.some((row) => row[needing.dataset.needs]);
   }
+  byId("depth-kinds").textContent = symbolsOf(rows).said;
   shorten(document.querySelectorAll(".findings li"), byId("all-findings"));
 }
 

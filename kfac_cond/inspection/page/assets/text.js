@@ -16,7 +16,7 @@ function written(value) {
   if (Math.abs(value) >= INFINITE) return value > 0 ? "∞" : "-∞";
   if (Number.isInteger(value) && Math.abs(value) < 1e7) return value.toLocaleString("en-US");
   const size = Math.abs(value);
-  if (size >= 1e-3 && size < 1e5) {
+  if (size >= 1e-3 && size < 1e7) {
     return Number(value.toPrecision(4)).toLocaleString("en-US", { maximumSignificantDigits: 4 });
   }
   return value.toExponential(2);
