@@ -179,8 +179,6 @@ def _check(
 ) -> None:
     check_module(model)
     refuse_unfit(model)
-    if options.held_out is not None:
-        raise ArgumentError("Options(held_out=...) means nothing to an estimate: it is for kc.inspect")
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     mixed = any(word.name == "mixed" for word in words)

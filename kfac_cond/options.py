@@ -116,3 +116,7 @@ class Request:
     samples: int
     rules: Mapping[str, Mapping[str, Any]]
     options: Options
+
+    def __post_init__(self) -> None:
+        if self.options.held_out is not None:
+            raise ArgumentError("Options(held_out=...) means nothing to an estimate: it is for kc.inspect")

@@ -42,7 +42,7 @@ def report_text(report: Report) -> str:
         lines.append(fitted(f"not covered: {', '.join(report.whole.uncovered)}"))
     lines += map(fitted, _findings(report))
     lines += [fitted(f"not found: {section}: {why}") for section, why in report.problems.items()]
-    return "\n".join(lines)
+    return _printable("\n".join(lines))
 
 
 def _facts(report: Report) -> Iterator[str]:
@@ -78,7 +78,8 @@ def _findings(report: Report) -> Iterator[str]:
 def layer_text(layer: LayerReport) -> str:
     """What was found of one layer, a number a line."""
     start = f"{layer.name or '(the model)'}: {layer.kind} {' x '.join(map(str, layer.shape))}, depth {layer.depth}"
-    return "\n".join([start, *_numbers({key: value for key, value in flat(layer.to_dict()).items() if "." in key})])
+    numbers = {key: value for key, value in flat(layer.to_dict()).items() if "." in key}
+    return _printable("\n".join([start, *_numbers(numbers)]))
 
 
 def whole_text(whole: Whole) -> str:
@@ -90,6 +91,11 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
     known = {key: value for key, value in found.items() if value not in (None, "")}
     wide = max(map(len, known), default=0)
     return [f"  {key:<{wide}}  {_written(value)}" for key, value in known.items()]
+
+
+def _printable(text: str) -> str:
+    """The same text, what would steer a terminal written out: names come from files of others."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def _written(value: Any) -> str:

@@ -197,7 +197,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = (opened.metadata() or {}).get(KEY)
         tensors = torch_files.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise StateError(f"{path} is no safetensors file, or is truncated ({error}): save the Fisher again") from error
+        raise StateError(
+            f"{path} is no safetensors file, or is truncated ({error}): save the Fisher again; of a checkpoint of a run, "
+            "load it into its KFAC, and save kfac.fisher()"
+        ) from error
     if header is None:
         raise StateError(f"{path} is a safetensors file, but not a Fisher that Fisher.save wrote")
     try:

@@ -90,6 +90,14 @@ def test_the_most_severe_findings_are_below_the_table(report: kc.Report, monkeyp
     assert lines[first + 8] == "... 2 more findings: report.findings()"
 
 
+def test_names_do_not_steer_the_terminal() -> None:
+    layer = LayerReport("\x1b[2Ja\r", "<script>", (2, 2), 4, 0)
+    report = kc.Report({"\x1b[2Ja\r": layer}, Whole(4), meta={"source": "file \x07"}, problems={"b\x1b": "c\x00"})
+    for text in (repr(report), repr(layer)):
+        assert text.replace("\n", "").isprintable()
+        assert r"\x1b[2Ja\r" in text and "<script>" in text
+
+
 def test_one_layer_is_a_number_a_line(report: kc.Report) -> None:
     text = repr(report["2"])
     assert text.splitlines()[0] == "2: linear 3 x 13, depth 1"

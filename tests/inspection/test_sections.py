@@ -97,7 +97,8 @@ def test_what_is_predicted_is_measured_on_held_out_batches_as_well(
 
 def test_held_out_batches_are_for_an_inspection_over_data(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     options = kc.Options(held_out=data)
-    with pytest.raises(kc.ArgumentError, match="means nothing to an estimate"):
-        kc.estimate(model, data, "categorical", options=options)
+    for structure in ("kfac", "implicit"):
+        with pytest.raises(kc.ArgumentError, match="means nothing to an estimate"):
+            kc.estimate(model, data, "categorical", structure=structure, options=options)
     with pytest.raises(kc.ArgumentError, match="without data"):
         kc.inspect(kc.estimate(model, data, "categorical"), options=options)
