@@ -129,7 +129,7 @@ def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
             DEAD_OUTPUTS,
             spectrum.dead_outputs,
             groups * outputs,
-            "outputs have no effect on any prediction, and so no gradient",
+            f"{'numbers' if inputs == 1 else 'outputs'} have no effect on any prediction, and so no gradient",
             "prune these units or start them anew; a lower learning rate, or an activation that does not die",
         ),
     ):

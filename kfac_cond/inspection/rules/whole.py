@@ -23,7 +23,7 @@ from .steps import SURE
 
 if TYPE_CHECKING:
     from ..divergence import WholeKL
-    from ..report import Report
+    from ..report import LayerReport, Report
 
 SHOWN = 3
 """Names that are written out."""
@@ -83,15 +83,26 @@ def wrong_scale(report: Report) -> Iterator[Finding]:
     error = sqrt(2 * squares / (DIRECTIONS * trace**2) + of_labels**2)
     if abs(log(scale)) <= max(log(SCALE.value), SURE * error):
         return
+    wrong = (
+        "a reduction ('sum' for 'mean'), a temperature or a variance that F was made with and the model does not have, "
+        "or factors of another model"
+    )
+    spread = report.meta.get("structure") in ("kfac", "kpsvd") and any(map(_has_positions, report.values()))
     yield SCALE.found(
         None,
         scale,
         f"along random directions the measured KL is {scale:.2g} times what F predicts, and a right F would be within "
         f"a factor of {1 + SURE * error:.2g}",
-        "look for a reduction ('sum' for 'mean'), a temperature or a variance that F was made with and the model does "
-        "not have, or factors of another model; of convolutions and sequences 'kfac' leaves out what positions add up "
-        "to: use structure='ekfac', whose trace is exact",
+        "'kfac' leaves out what the positions of convolutions and sequences add up to: inspect with structure='ekfac', "
+        f"whose trace is exact; if it is so there too, look for {wrong}"
+        if spread
+        else f"look for {wrong}",
     )
+
+
+def _has_positions(layer: LayerReport) -> bool:
+    counts = layer.counts
+    return counts is not None and (counts.positions or 0.0) > (counts.examples or 0.0)
 
 
 def divergence(report: Report) -> Iterator[Finding]:

@@ -238,7 +238,7 @@ function wire() {
     needing.hidden = !rows.some((row) => row[needing.dataset.needs]);
   }
   byId("depth-kinds").textContent = symbolsOf(rows).said;
-  shorten(document.querySelectorAll(".findings li"), byId("all-findings"));
+  shorten(document.querySelectorAll(".findings > li"), byId("all-findings"));
 }
 
 function fillKL() {
