@@ -20,7 +20,9 @@ NO_INVERSE = Limit("no-inverse", "error", 0, "blocks without an inverse > 0", "s
 UNCOVERED = Limit(
     "uncovered", "warning", 0, "trainable numbers without a block > 0", "they are trained by the plain gradient"
 )
-UNUSED = Limit("unused", "warning", 0, "layers without a block > 0", "no forward used them, so nothing is known of them")
+UNUSED = Limit(
+    "unused", "warning", 0, "layers without a block > 0", "no forward used them, so nothing is known of them"
+)
 NO_CURVATURE = Limit(
     "no-curvature", "warning", 0, "trace of F = 0", "the outputs do not depend on the layer, or no score gets there"
 )
@@ -45,13 +47,25 @@ ILL_CONDITIONED = Limit(
     "what is below the round-off of F is divided by noise",
 )
 RESIDUAL = Limit(
-    "residual", "warning", 0.01, "|(F + lambda)^-1 (F + lambda) v - v| / |v| > 0.01", "a hundredth of a step is rounding"
+    "residual",
+    "warning",
+    0.01,
+    "relative residual of the inverse on random vectors > 0.01",
+    "a hundredth of a step is rounding",
 )
 ASYMMETRY = Limit(
-    "asymmetry", "warning", 1e-3, "|S - S^T| / |S| of a side > 0.001", "a second moment has none; bfloat16 rounds to 0.004"
+    "asymmetry",
+    "warning",
+    1e-3,
+    "distance of a side from its transpose, over its length, > 0.001",
+    "a second moment has none; bfloat16 rounds to 0.004",
 )
 NEGATIVE = Limit(
-    "negative-mass", "warning", 0.01, "share of negative eigenvalues > 0.01", "a second moment has none beyond round-off"
+    "negative-mass",
+    "warning",
+    0.01,
+    "share of negative eigenvalues > 0.01",
+    "a second moment has none beyond round-off",
 )
 DEFICIENT = Limit(
     "rank-deficient",

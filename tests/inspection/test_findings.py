@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ import kfac_cond as kc
 from kfac_cond.inspection import LayerReport, Whole
 from kfac_cond.inspection.approximation import ApproximationError
 from kfac_cond.inspection.calibration import cosine_expected, keeping_trace
-from kfac_cond.inspection.findings import Finding, grouped
+from kfac_cond.inspection.findings import Finding, Limit, grouped
 from kfac_cond.inspection.limits import LIMITS
 from kfac_cond.inspection.off_diagonal import BlockDiagonality
 from kfac_cond.inspection.spectra import spectrum_of
@@ -55,7 +55,11 @@ def changed(report: Report, name: str = "2", whole: dict[str, Any] | None = None
     """The same report with sections of one layer, and of the whole, in the place of its own."""
     layers = {key: replace(layer, **(sections if key == name else {})) for key, layer in report.items()}
     return kc.Report(
-        layers, replace(report.whole, **(whole or {})), meta=report.meta, damping=report.damping, problems=report.problems
+        layers,
+        replace(report.whole, **(whole or {})),
+        meta=report.meta,
+        damping=report.damping,
+        problems=report.problems,
     )
 
 
@@ -239,7 +243,9 @@ def test_a_dead_unit_is_found() -> None:
         model[0].weight[3], model[0].bias[3] = 0.0, -1.0
     report = kc.inspect(model, [torch.randn(64, 6)], "categorical", level="quick", samples=32)
     found = {(one.code, one.layer): one for one in report.findings()}
-    assert "1 of 8 outputs have no effect on any prediction, and so no gradient (3)" in found["dead-outputs", "0"].message
+    assert (
+        "1 of 8 outputs have no effect on any prediction, and so no gradient (3)" in found["dead-outputs", "0"].message
+    )
     assert "1 of 9 inputs are always zero (3)" in found["dead-inputs", "2"].message
 
 
@@ -277,7 +283,7 @@ def test_weights_that_are_not_finite_in_a_running_job() -> None:
     assert report.problems or "not-finite" in {one.code for one in report.findings()}
 
 
-# -- numbers of rules ---------------------------------------------------------------------------------------------------
+# -- numbers of rules --------------------------------------------------------------------------------------------------
 
 
 def test_the_expected_cosine_is_that_of_dense_matrices() -> None:
@@ -303,7 +309,7 @@ def test_a_flat_spectrum_below_the_damping_is_no_fault_of_the_damping(healthy: R
     assert "acts-as-sgd" not in {one.code for one in below.findings()}
 
 
-# -- together -----------------------------------------------------------------------------------------------------------
+# -- together ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_most_severe_come_first_and_those_of_a_rule_together(healthy: Report) -> None:
@@ -320,7 +326,8 @@ def test_the_most_severe_come_first_and_those_of_a_rule_together(healthy: Report
 
 def test_many_layers_with_the_same_finding_make_one_line() -> None:
     found = [
-        Finding("warning", f"blocks.{i}", "residual", f"`blocks.{i}`: off", 1.0 + i, 1.0, "raise it") for i in range(300)
+        Finding("warning", f"blocks.{i}", "residual", f"`blocks.{i}`: off", 1.0 + i, 1.0, "raise it")
+        for i in range(300)
     ]
     (group,) = grouped(found)
     assert len(group.layers) == 300
@@ -334,7 +341,9 @@ def test_a_report_without_any_section_has_none() -> None:
     assert kc.Report(layers, Whole(16), meta={}, damping=0.1).findings() == []
 
 
-def test_limits_are_a_table_with_reasons() -> None:
-    for limit in LIMITS:
-        assert limit.reason and limit.quantity and limit.severity in ("error", "warning", "info")
-        assert np.isfinite(limit.value)
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.code)
+def test_every_limit_is_in_the_documented_table_with_its_reason(limit: Limit) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reading.md").read_text(encoding="utf8")
+    assert f"| `{limit.code}` | {limit.severity} | {limit.quantity} | {limit.reason} |" in page
+    known = limit.value in (0, 1) or f"{limit.value:.4f}".rstrip("0").rstrip(".") in limit.quantity
+    assert known, "the table says another threshold than the code has"

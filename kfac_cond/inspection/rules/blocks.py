@@ -48,6 +48,7 @@ def advised(spectrum: Spectrum) -> str:
 
 
 def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the damping, and not the block, makes the layer's steps."""
     at, spectrum = report.damping, layer.spectrum
     if not at or spectrum is None or spectrum.trace == 0.0 or layer.parameters == 1:
         return
@@ -67,6 +68,7 @@ def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def ill_conditioned(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the damping is below the round-off of the spectrum."""
     at, spectrum = report.damping, layer.spectrum
     if at is None or spectrum is None or spectrum.trace == 0.0:
         return
@@ -77,14 +79,15 @@ def ill_conditioned(layer: LayerReport, report: Report) -> Iterator[Finding]:
     yield ILL_CONDITIONED.found(
         layer.name,
         at / noise,
-        f"the condition number of F + {at:.2g} is {spectrum.condition(at):.2g}, beyond the {1 / spectrum.round_off:.2g} "
-        f"that its precision resolves{blame.get(spectrum.blame or '', '')}: the smallest directions are divided by "
+        f"the condition number of F + {at:.2g} is {spectrum.condition(at):.2g}, beyond the "
+        f"{1 / spectrum.round_off:.2g} that its precision resolves{blame.get(spectrum.blame or '', '')}: the smallest directions are divided by "
         f"round-off",
         f"raise the damping above {noise:.1g}: {advised(spectrum)}",
     )
 
 
 def rank_deficient(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether most directions have no curvature."""
     spectrum = layer.spectrum
     if spectrum is None or spectrum.trace == 0.0 or spectrum.rank >= DEFICIENT.value * spectrum.size:
         return
@@ -99,6 +102,7 @@ def rank_deficient(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def no_curvature(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the block is zero."""
     if layer.spectrum is None or layer.spectrum.trace > 0.0:
         return
     yield NO_CURVATURE.found(
@@ -111,6 +115,7 @@ def no_curvature(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Inputs that are always zero, and outputs that no score reaches."""
     spectrum = layer.spectrum
     if spectrum is None or spectrum.trace == 0.0:
         return
@@ -134,10 +139,13 @@ def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
         ),
     ):
         if len(found) > limit.value * every:
-            yield limit.found(layer.name, len(found) / every, f"{len(found)} of {every} {what} ({_listed(found)})", advice)
+            yield limit.found(
+                layer.name, len(found) / every, f"{len(found)} of {every} {what} ({_listed(found)})", advice
+            )
 
 
 def label_noise(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether drawing labels leaves the trace uncertain."""
     if layer.sampling is None or not layer.sampling.trace.relative > LABEL_NOISE.value:
         return
     trace = layer.sampling.trace
@@ -151,6 +159,7 @@ def label_noise(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def few_positions(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the factors are averages of fewer positions than they have rows."""
     side = max(layer.shape[-2:])
     staleness, counts = layer.staleness, layer.counts
     positions = staleness.effective_positions if staleness is not None else counts.positions if counts else None
@@ -168,6 +177,7 @@ def few_positions(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def numerics(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """What a second moment and its inverse cannot be but for round-off."""
     health = layer.health
     if health is None:
         return
@@ -197,6 +207,7 @@ def numerics(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def failed(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Factorisations that failed, in training or here."""
     if layer.health is not None and layer.health.failures:
         yield FAILED.found(
             layer.name,
@@ -210,6 +221,7 @@ def failed(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def not_finite(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Numbers that are none."""
     bad = [key for key, value in flat(layer.to_dict()).items() if _is_bad(key, value)]
     if bad:
         yield NOT_FINITE.found(

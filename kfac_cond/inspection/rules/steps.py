@@ -28,6 +28,7 @@ SURE = 2.0
 
 
 def concentrated(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether one layer has nearly all of the update's KL."""
     if layer.kl is None or len(report) < FEW or layer.kl.share <= CONCENTRATED.value:
         return
     yield CONCENTRATED.found(
@@ -39,8 +40,11 @@ def concentrated(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def disproportionate(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether a step moves the layer by far more than the others."""
     every = [one.update.update_to_weight or 0.0 for one in report.values() if one.update is not None]
-    own = None if layer.update is None else layer.update.update_to_weight
+    if layer.update is None:
+        return
+    own = layer.update.update_to_weight
     if own is None or len(every) < FEW or not own > DISPROPORTIONATE.value * median(every) > 0.0:
         return
     yield DISPROPORTIONATE.found(
@@ -53,6 +57,7 @@ def disproportionate(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def ekfac_better(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether an eigen-corrected block would be much nearer to the exact one."""
     found = layer.approximation
     if found is None or not found.kfac > 0.0 or found.ekfac >= EKFAC.value * found.kfac:
         return
@@ -68,6 +73,7 @@ def ekfac_better(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def independence(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether inputs and gradients are too dependent for a product of their moments."""
     found = layer.approximation
     if found is None or not found.independence_gap > 0.0:
         return
@@ -85,6 +91,7 @@ def independence(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 
 def against_empirical(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the data's labels are much more or much less surprising than the model's own."""
     ratio = None if layer.empirical is None else layer.empirical.trace_ratio
     if ratio is None:
         return
@@ -102,12 +109,13 @@ def against_empirical(layer: LayerReport, report: Report) -> Iterator[Finding]:
             ratio,
             f"the empirical Fisher has {ratio:.2g} times its trace: the data's labels surprise the model more than it "
             f"expects",
-            "early in training that is so; of a trained model look for over-confidence (calibrate a temperature), wrong "
-            "labels, or a variance of the likelihood that is too small",
+            "early in training that is so; of a trained model look for over-confidence (calibrate a temperature), "
+            "wrong labels, or a variance of the likelihood that is too small",
         )
 
 
 def stale(layer: LayerReport, report: Report) -> Iterator[Finding]:
+    """Whether the inverse in use is of another time."""
     found = layer.staleness
     if found is None:
         return

@@ -32,6 +32,7 @@ DIRECTIONS = 2
 
 
 def uncovered(report: Report) -> Iterator[Finding]:
+    """Parameters that no block covers."""
     share, names = report.whole.covered, report.whole.uncovered
     if share is None or not names:
         return
@@ -45,17 +46,19 @@ def uncovered(report: Report) -> Iterator[Finding]:
 
 
 def unused(report: Report) -> Iterator[Finding]:
+    """Layers that no forward used."""
     for name in report.whole.unused:
         yield UNUSED.found(
             name,
             1,
             "no forward over the data used it, so it has no block",
-            "freeze or remove it if it is not needed; else give data that reach it, and call its module rather than use "
-            "its weight in another way",
+            "freeze or remove it if it is not needed; else give data that reach it, and call its module rather than "
+            "use its weight in another way",
         )
 
 
 def sampling_check(report: Report) -> Iterator[Finding]:
+    """Whether labels are drawn from p."""
     check = report.whole.sampling
     if check is None or check.probability >= SAMPLING.value:
         return
@@ -72,6 +75,7 @@ def sampling_check(report: Report) -> Iterator[Finding]:
 
 
 def wrong_scale(report: Report) -> Iterator[Finding]:
+    """Whether F is off by a factor."""
     scale = None if report.whole.kl is None else report.whole.kl.scale
     spectra = [layer.spectrum for layer in report.values() if layer.spectrum is not None]
     trace = sum(one.trace for one in spectra)
@@ -93,8 +97,8 @@ def wrong_scale(report: Report) -> Iterator[Finding]:
         scale,
         f"along random directions the measured KL is {scale:.2g} times what F predicts, and a right F would be within "
         f"a factor of {1 + SURE * error:.2g}",
-        "'kfac' leaves out what the positions of convolutions and sequences add up to: inspect with structure='ekfac', "
-        f"whose trace is exact; if it is so there too, look for {wrong}"
+        "'kfac' leaves out what the positions of convolutions and sequences add up to: level='full' says how much, "
+        f"layer by layer, and structure='ekfac' has the exact trace; if that is not it, look for {wrong}"
         if spread
         else f"look for {wrong}",
     )
@@ -106,6 +110,7 @@ def _has_positions(layer: LayerReport) -> bool:
 
 
 def divergence(report: Report) -> Iterator[Finding]:
+    """Whether the update changes the predictions as F and the damping say."""
     kl = report.whole.kl
     if kl is None:
         return
@@ -114,8 +119,8 @@ def divergence(report: Report) -> Iterator[Finding]:
         yield UNDERPREDICTED.found(
             None,
             ratio,
-            f"the update at damping {kl.damping:.2g} changes the predictions {kl.ratio:.3g} times as much as F says, and "
-            f"{ratio:.3g} times as much as F and the damping together: it goes where F is too small",
+            f"the update at damping {kl.damping:.2g} changes the predictions {kl.ratio:.3g} times as much as F says, "
+            f"and {ratio:.3g} times as much as F and the damping together: it goes where F is too small",
             f"raise the damping, say to {ratio * kl.damping:.1g}, at which the two come about even; use "
             f"structure='ekfac'; or shorten steps by the KL that is measured, not the one that is predicted",
         )
@@ -131,13 +136,14 @@ def divergence(report: Report) -> Iterator[Finding]:
 
 
 def _over_damped(kl: WholeKL) -> float | None:
-    """Measured KL over 1/2 u^T (F + lambda) u; of u = (F + lambda)^-1 g that is half of g^T u, decrease and KL added."""
+    """Measured KL over 1/2 u^T (F + lambda) u; of a natural step half of decrease and KL together."""
     if kl.measured is None or kl.decrease is None or not kl.decrease + kl.predicted > 0.0:
         return None
     return 2 * kl.measured / (kl.decrease + kl.predicted)
 
 
 def small_batch(report: Report) -> Iterator[Finding]:
+    """Whether a batch's gradient is mostly noise."""
     signal = report.whole.signal
     if signal is None or signal.ratio >= SMALL_BATCH.value or signal.plain.noise <= 0.0:
         return
@@ -158,6 +164,7 @@ def small_batch(report: Report) -> Iterator[Finding]:
 
 
 def coupled(report: Report) -> Iterator[Finding]:
+    """Whether most of the Fisher is outside of the blocks."""
     found = report.whole.block_diagonality
     if found is None or found.share - SURE * (found.standard_error or 0.0) <= COUPLED.value:
         return
@@ -171,6 +178,7 @@ def coupled(report: Report) -> Iterator[Finding]:
 
 
 def apart(report: Report) -> Iterator[Finding]:
+    """Whether layers call for dampings that are far apart."""
     spectra = {name: layer.spectrum for name, layer in report.items() if layer.spectrum is not None}
     own = {name: keeping_trace([one], 0.9) for name, one in spectra.items() if one.trace > 0.0}
     if len(own) < 2:
@@ -183,8 +191,8 @@ def apart(report: Report) -> Iterator[Finding]:
         own[most] / own[least],
         f"90 % of the trace lie above {own[most]:.1g} in `{most}` and above {own[least]:.1g} in `{least}`: one damping "
         f"does not serve both",
-        "give layers dampings of their own, rules={pattern: dict(damping=...)}, or one that is relative to each block's "
-        "mean eigenvalue, kc.Damping(..., relative=True)",
+        "give layers dampings of their own, rules={pattern: dict(damping=...)}, or one that is relative to each "
+        "block's mean eigenvalue, kc.Damping(..., relative=True)",
     )
 
 
