@@ -50,7 +50,7 @@ def inspect(
         layers: pattern or patterns (``fnmatch``) of the layers wanted.
         samples: label draws a term; with 2 or more the error of drawing them is known.
         damping: lambda, in the units of F, that the report is read at; None takes that of a KFAC, and leaves it open
-            elsewhere: what needs one then uses the eigenvalue down to which 90 % of the trace lie.
+            elsewhere: what needs one then uses the default of ``kc.KFAC``, 1e-2.
         options: see ``kc.Options``; ``progress`` is that of the inspection, ``held_out`` other batches, on which what
             the Fisher predicts is measured as well.
 

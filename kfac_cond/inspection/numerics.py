@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from itertools import accumulate
 from math import isfinite
 from time import perf_counter
 
@@ -101,12 +102,20 @@ def inverted(block: Block, damping: float, health: Numerics, cost: Cost, *, seed
 
 
 def with_predictions(costs: Mapping[str, Cost]) -> dict[str, Cost]:
-    """The same with milliseconds predicted from operations, at the rate at which all layers together went."""
-    timed = [one for one in costs.values() if one.milliseconds is not None and one.refresh_flops]
-    flops = sum(one.refresh_flops or 0 for one in timed)
-    if not flops:
+    """The same with milliseconds predicted from operations, at the rate of the middle one of them all.
+
+    Half of the operations went at that rate or faster: a layer that waited for something else does not change it.
+    """
+    rates = sorted(
+        (one.milliseconds / one.refresh_flops, one.refresh_flops)
+        for one in costs.values()
+        if one.milliseconds is not None and one.refresh_flops
+    )
+    if not rates:
         return dict(costs)
-    rate = sum(one.milliseconds or 0.0 for one in timed) / flops
+    half = sum(flops for _, flops in rates) / 2
+    passed = accumulate(flops for _, flops in rates)
+    rate = next(rate for (rate, _), flops in zip(rates, passed, strict=True) if flops >= half)
     return {
         name: one if one.refresh_flops is None else replace(one, predicted_milliseconds=rate * one.refresh_flops)
         for name, one in costs.items()

@@ -90,8 +90,8 @@ class Cost:
             forward was run.
         held_by_inverse: bytes of that inverse, measured; None where nothing was inverted.
         milliseconds: of making it, measured.
-        predicted_milliseconds: the operations, at the rate at which all layers together went: a layer that takes many
-            times as long is slow for another reason than its size.
+        predicted_milliseconds: the operations, at the rate of the middle one of those of all layers: a layer that takes
+            many times as long is slow for another reason than its size.
     """
 
     held: int
@@ -206,8 +206,8 @@ class Calibration:
         keeps_most: that keeps 90 % of it.
         layers_apart: the largest over the smallest of the layers' own ``keeps_trace``; where it is large, no one
             damping serves all layers. None of fewer than two layers.
-        keeps_trace: the eigenvalue down to which 90 % of the whole trace lie; what needs a damping takes it where none
-            was given.
+        keeps_trace: the eigenvalue down to which 90 % of the whole trace lie: as a damping it leaves to the Fisher what
+            nearly all of a gradient is in.
     """
 
     lambdas: tuple[float, ...]

@@ -43,7 +43,7 @@ class Job:
         given: the source; without a model there is nothing that goes through data.
         data: batches, as often as they are gone through; None where none were given.
         fisher: of the layers of the report.
-        damping: lambda of the report; where none was given, the eigenvalue down to which 90 % of the trace lie.
+        damping: lambda of the report; where none was given, the default of ``kc.KFAC``.
         samples: label draws a term.
         options: of the inspection.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from math import isfinite
 from typing import Any
 
 from ..errors import ArgumentError, KFACError, NumericalError
@@ -12,6 +11,7 @@ from ..structures import Fisher
 from .calibration import calibrated
 from .meter import Meter
 from .numerics import cost_of, inverted, numerics_of, warmed_up, with_predictions
+from .proposals import DAMPING
 from .report import Counts, LayerReport, Report, Whole
 from .sections import Job, Section
 from .sources import Known, copied
@@ -31,7 +31,7 @@ class Work:
     def __init__(self, fisher: Fisher, damping: float | None) -> None:
         self.fisher, self.damping = fisher, damping
         #: lambda of whatever needs one.
-        self.at = damping or 0.0
+        self.at = DAMPING if damping is None else damping
         self.problems: dict[str, str] = {}
         self._known = Known()
         self._of_layers: dict[str, dict[str, Any]] = {name: {} for name in fisher}
@@ -55,10 +55,7 @@ class Work:
         except KFACError as error:
             self._failed("coverage", error)
         if spectra:
-            self._of_whole["calibration"] = calibration = calibrated(list(spectra.values()))
-            if self.damping is None:
-                # Of a Fisher that is zero any is as good.
-                self.at = calibration.keeps_trace if isfinite(calibration.keeps_trace) else 1.0
+            self._of_whole["calibration"] = calibrated(list(spectra.values()))
         for name, spectrum in spectra.items():
             block, failures = self.fisher[name], self._known.failures.get(name)
             self._of_layers[name]["health"] = numerics_of(block, spectrum, failures=failures)

@@ -314,13 +314,13 @@ def test_sections_go_to_their_places(model: nn.Module, data: list[Tensor], monke
     assert report.to_dict()["whole"]["kl"]["number"] == 0.25
 
 
-def test_where_no_damping_is_given_sections_get_that_down_to_which_the_trace_lies(
+def test_where_no_damping_is_given_sections_get_that_of_training(
     model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sections, "SECTIONS", (section("signal"),))
     report = kc.inspect(model, data, "categorical")
-    assert report.whole.kl.number == report.whole.calibration.keeps_trace
-    assert report["0"].health.damping == report.whole.calibration.keeps_trace
+    assert report.whole.kl.number == report["0"].health.damping == kc.KFAC(model, "categorical").damping.at(0)
+    assert report.damping is None
 
 
 @pytest.mark.parametrize("error", [kc.LikelihoodError("no labels"), RuntimeError("out of memory")])

@@ -102,12 +102,13 @@ def test_bytes_of_sums_are_those_of_their_terms() -> None:
 def test_predicted_milliseconds_are_the_operations_at_the_common_rate() -> None:
     costs = {
         "a": Cost(0, refresh_flops=100, milliseconds=3.0),
-        "b": Cost(0, refresh_flops=300, milliseconds=1.0),
+        "b": Cost(0, refresh_flops=300, milliseconds=3.0),
+        "stalled": Cost(0, refresh_flops=150, milliseconds=900.0),
         "untimed": Cost(0, refresh_flops=50),
         "unknown": Cost(0, milliseconds=9.0),
     }
     found = with_predictions(costs)
-    assert [one.predicted_milliseconds for one in found.values()] == pytest.approx([1.0, 3.0, 0.5, None])
+    assert [one.predicted_milliseconds for one in found.values()] == pytest.approx([1.0, 3.0, 1.5, 0.5, None])
     assert with_predictions({"unknown": costs["unknown"]}) == {"unknown": costs["unknown"]}
 
 

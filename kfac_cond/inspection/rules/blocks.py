@@ -38,6 +38,11 @@ SHOWN = 5
 """Indices that are written out."""
 
 
+def damping_of(layer: LayerReport, report: Report) -> float | None:
+    """That which the report is read at, or where none was given, that which the layer was inverted with."""
+    return layer.health.damping if report.damping is None and layer.health is not None else report.damping
+
+
 def advised(spectrum: Spectrum) -> str:
     """A damping to try in a layer, in words."""
     of_trace, of_dimension = keeping_trace([spectrum], 0.9), spectrum.damping_for(0.9)
@@ -49,7 +54,7 @@ def advised(spectrum: Spectrum) -> str:
 
 def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
     """Whether the damping, and not the block, makes the layer's steps."""
-    at, spectrum = report.damping, layer.spectrum
+    at, spectrum = damping_of(layer, report), layer.spectrum
     if not at or spectrum is None or spectrum.trace == 0.0 or layer.parameters == 1:
         return
     below = spectrum.share_below(at)
@@ -69,7 +74,7 @@ def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
 
 def ill_conditioned(layer: LayerReport, report: Report) -> Iterator[Finding]:
     """Whether the damping is below the round-off of the spectrum."""
-    at, spectrum = report.damping, layer.spectrum
+    at, spectrum = damping_of(layer, report), layer.spectrum
     if at is None or spectrum is None or spectrum.trace == 0.0:
         return
     noise = spectrum.round_off * spectrum.largest
