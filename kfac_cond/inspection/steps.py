@@ -16,7 +16,7 @@ from ..linearised import Linearised
 from ..structures import Fisher
 
 SIZE, SIZE_OF_NARROW = 1e-5, 1e-2
-"""Nats per loss term that a step is shortened to when it is made; more where weights have 8 or 11 bits."""
+"""Nats per loss term that a step is shortened to when it is made; more where weights or outputs have 8 or 11 bits."""
 FAR = 2.0
 """Measured over predicted, above which a step went farther than it was meant to, and is made again shorter."""
 
@@ -91,7 +91,7 @@ def settled(
         directions: by key.
         lengths: by key, the lengths at which steps are made, of that which reaches the target; 1 first.
     """
-    target = (SIZE_OF_NARROW if _is_narrow(linear) else SIZE) * _nats_of_a_term(linear)
+    target = _target(linear)
     whole = {key: sum(predicted(fisher, parts).values()) for key, parts in directions.items()}
     first = {
         key: Step.of(linear, fisher, parts, sqrt(target / whole[key]))
@@ -195,21 +195,20 @@ def weighted_kl(likelihood: Likelihood, outputs: Tensor, other: Tensor) -> Tenso
     return (terms if kappa is None else torch.where(terms == 0, terms, terms * kappa.to(terms))).sum()
 
 
-def _nats_of_a_term(linear: Linearised) -> float:
-    """What one nat a term is in the units of the loss: 1 for a mean over terms, their number for a sum."""
+def _target(linear: Linearised) -> float:
+    """The divergence that steps should have, in the units of the loss: of a mean over terms, or of a sum of them."""
     terms = [0.0] * len(linear.slots.names)
+    dtypes = {parameter.dtype for parameter in linear.parameters.values()}
 
     def visitor(batch: Any) -> Tensor:
         point = linear.at(batch)
         for index, head in enumerate(point.heads):
             valid = head.likelihood.valid(head.outputs)
             terms[index] += prod(head.likelihood.term_shape(head.outputs)) if valid is None else int(valid.sum())
+            dtypes.add(head.outputs.dtype)
         return point.divisor
 
     divisor = linear.visit(visitor).tolist()
-    return float(sum(w * T / M for w, T, M in zip(linear.slots.weights, terms, divisor, strict=True)))
-
-
-def _is_narrow(linear: Linearised) -> bool:
-    """Whether some weight has fewer bits than float32."""
-    return any(torch.finfo(parameter.dtype).eps > 1e-4 for parameter in linear.parameters.values())
+    narrow = any(torch.finfo(dtype).eps > 1e-4 for dtype in dtypes)
+    one_nat_a_term = float(sum(w * T / M for w, T, M in zip(linear.slots.weights, terms, divisor, strict=True)))
+    return (SIZE_OF_NARROW if narrow else SIZE) * one_nat_a_term

@@ -11,7 +11,7 @@ import kfac_cond as kc
 from kfac_cond.inspection import divergence, steps
 from kfac_cond.inspection.proposals import Proposal, mean_gradient, propose
 
-from ..helpers import classifier
+from ..helpers import Apply, classifier
 from ..likelihood_cases import CLOSED, Mixing, case
 from ..reference import assert_same
 
@@ -255,6 +255,16 @@ def test_weights_of_few_bits(dtype: torch.dtype) -> None:
     _, layers = divergence.measure(model, [x], "categorical", fisher)
     for found in layers.values():
         assert found.ratio == pytest.approx(1.0, rel=0.02 if dtype == torch.float32 else 0.3)
+
+
+def test_outputs_of_few_bits() -> None:
+    """As under autocast, of weights in float32."""
+    model = nn.Sequential(classifier(hidden=16, classes=4, features=6), Apply(lambda f: f.bfloat16())).float()
+    x = torch.randn(256, 6).float()
+    fisher = kc.estimate(model, [x], "categorical", structure="block", kind="exact")
+    _, layers = divergence.measure(model, [x], "categorical", fisher)
+    for found in layers.values():
+        assert found.ratio == pytest.approx(1.0, rel=0.3)
 
 
 def test_layers_in_part_and_a_fisher_of_all_at_once(net: nn.Module, data: list) -> None:
