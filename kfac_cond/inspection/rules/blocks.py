@@ -36,6 +36,8 @@ PRECISION = 0.1
 """Relative standard error that the advised number of draws comes to."""
 SHOWN = 5
 """Indices that are written out."""
+BLAME = {None: "", "A": "; side A (inputs) is to blame", "G": "; side G (output gradients) is to blame"}
+"""In words."""
 
 
 def damping_of(layer: LayerReport, report: Report) -> float | None:
@@ -80,13 +82,12 @@ def ill_conditioned(layer: LayerReport, report: Report) -> Iterator[Finding]:
     noise = spectrum.round_off * spectrum.largest
     if at >= noise:
         return
-    blame = {"A": ", side A (inputs) is to blame", "G": ", side G (output gradients) is to blame"}
     yield ILL_CONDITIONED.found(
         layer.name,
         at / noise,
         f"the condition number of F + {at:.2g} is {spectrum.condition(at):.2g}, beyond the "
-        f"{1 / spectrum.round_off:.2g} that its precision resolves{blame.get(spectrum.blame or '', '')}: the smallest directions are divided by "
-        f"round-off",
+        f"{1 / spectrum.round_off:.2g} that its precision resolves{BLAME[spectrum.blame]}; the smallest "
+        "directions are divided by round-off",
         f"raise the damping above {noise:.1g}: {advised(spectrum)}",
     )
 
@@ -96,11 +97,10 @@ def rank_deficient(layer: LayerReport, report: Report) -> Iterator[Finding]:
     spectrum = layer.spectrum
     if spectrum is None or spectrum.trace == 0.0 or spectrum.rank >= DEFICIENT.value * spectrum.size:
         return
-    blame = {"A": "; side A (inputs) is to blame", "G": "; side G (output gradients) is to blame"}
     yield DEFICIENT.found(
         layer.name,
         spectrum.rank / spectrum.size,
-        f"{spectrum.rank:,} of {spectrum.size:,} eigenvalues are above round-off{blame.get(spectrum.blame or '', '')}",
+        f"{spectrum.rank:,} of {spectrum.size:,} eigenvalues are above round-off{BLAME[spectrum.blame]}",
         "estimate over more data if examples are fewer than the sides are wide; else the layer has directions that "
         "change no prediction, and the damping alone bounds steps along them",
     )
@@ -122,7 +122,7 @@ def no_curvature(layer: LayerReport, report: Report) -> Iterator[Finding]:
 def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
     """Inputs that are always zero, and outputs that no score reaches."""
     spectrum = layer.spectrum
-    if spectrum is None or spectrum.trace == 0.0:
+    if spectrum is None or spectrum.trace == 0.0 or len(layer.shape) < 2:
         return
     inputs, outputs = layer.shape[-1], layer.shape[-2]
     groups = layer.parameters // (inputs * outputs) or 1
