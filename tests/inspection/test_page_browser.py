@@ -277,3 +277,27 @@ def test_a_comparison_with_hostile_names(browser: Browser, tmp_path: Path) -> No
     assert HOSTILE[-1] in browser.driver.find_element("id", "summary").text
     assert browser.run("return window.broken") is None
     assert browser.complaints() == []
+
+
+def test_a_report_without_spectra_has_a_page_too(browser: Browser, tmp_path: Path) -> None:
+    report, _ = made_up(3)
+    for layer in report.data["layers"]:
+        del layer["spectrum"]
+    report.data["lambdas"] = []
+    opened(browser, report, tmp_path)
+    browser.see_all()
+    assert not browser.driver.find_element("id", "damping").is_displayed()
+    assert browser.column("Layer") == names_of(3)
+    assert "spectra, conditions" in browser.driver.find_element("css selector", ".absent").text.lower()
+    assert browser.complaints() == []
+
+
+def test_a_layer_whose_fisher_is_zero(browser: Browser, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-1e6)
+    kc.inspect(model, [torch.randn(8, 3)], "categorical", level="quick").save(tmp_path / "fisher.html")
+    browser.open(tmp_path / "fisher.html")
+    browser.see_all()
+    assert browser.column("Trace")[0] == "0"
+    assert browser.complaints() == []

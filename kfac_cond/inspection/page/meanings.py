@@ -28,7 +28,9 @@ def of_report(report: Any) -> dict[str, Meanings]:
     whole = getattr(report, "whole", None)
     if is_dataclass(whole):
         inner = {one.name for one in fields(whole) if is_dataclass(getattr(whole, one.name))}
-        found["whole"] = [(names, text) for names, text in described(type(whole)) if names not in inner]
+        found["whole"] = [
+            (names, text) for names, text in described(type(whole)) if names.replace(" ", "_") not in inner
+        ]
         found |= {f"whole {name}": of_section(getattr(whole, name)) for name in inner}
     return found
 

@@ -83,7 +83,9 @@ def _page(template: str, script: str, data: Mapping[str, Any], **context: Any) -
     environment.filters["number"] = number
     # With these two hashes and nothing else allowed, no name in the data can become a script, and no script can ask
     # the network for anything.
-    own, drawing = "".join(map(_asset, ("text.js", "table.js", "figures.js", script))), get_plotlyjs().strip()
+    own = "".join(map(_asset, ("text.js", "table.js", "figures.js", script)))
+    # A browser hashes a script as it reads it, with the line ends of its own.
+    drawing = get_plotlyjs().strip().replace("\r\n", "\n")
     return environment.get_template(template).render(
         data=data,
         island=Markup(island(data)),

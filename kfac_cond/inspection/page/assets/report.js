@@ -53,7 +53,7 @@ const COLUMNS = [
   { key: "blame", title: "Blame", className: "text", ascendsFirst: true, value: (row) => row.spectrum.blame, help: "The side with the larger condition number" },
   { key: "stable", title: "Stable rank", value: (row) => row.spectrum.stable_rank, help: "Stable rank of the block" },
   { key: "kl", title: "KL share", needs: "kl", value: (row) => row.kl?.share, text: percent, help: "Share of the update's KL" },
-  { key: "ratio", title: "KL measured / predicted", needs: "kl", value: (row) => row.kl?.ratio, help: "Of the update's part in the layer; above 1 F is too small along it" },
+  { key: "ratio", title: "KL ratio", needs: "kl", value: (row) => row.kl?.ratio, help: "Measured over predicted KL of the update's part in the layer; above 1 F is too small along it" },
   { key: "error", title: "K-FAC error", needs: "approximation", value: (row) => row.approximation?.kfac, text: percent, help: "Relative Frobenius distance of K-FAC from the exact block" },
   { key: "kind", title: "Kind", className: "text", ascendsFirst: true, value: (row) => row.kind, help: "Kind of layer" },
   { key: "shape", title: "Shape", value: (row) => row.parameters, text: (_, row) => sides(row), help: "Rows × columns of the layer's matrix, the bias counted as a column; sorted by parameters" },
