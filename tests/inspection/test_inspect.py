@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import sections, work
+from kfac_cond.inspection import rules, sections, work
 from kfac_cond.inspection.calibration import keeping_trace
 from kfac_cond.inspection.sections import Job, Section
 from kfac_cond.inspection.sources import passes_of_estimate
@@ -307,6 +307,7 @@ def test_the_cost_is_said_before_anything_runs(
 
 
 def test_sections_go_to_their_places(model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "RULES", ())
     monkeypatch.setattr(sections, "SECTIONS", (section("signal"), section("approximation", "full")))
     report = kc.inspect(model, data, "categorical", damping=0.25)
     assert (report["2"].signal, report["2"].approximation, report.whole.kl) == (Found(13.0), None, Found(0.25))
@@ -331,6 +332,7 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(rules, "RULES", ())
     monkeypatch.setattr(sections, "SECTIONS", (section("empirical", error=error), section("signal")))
     report = kc.inspect(model, data, "categorical")
     assert report["0"].empirical is None and report["0"].signal == Found(13.0)
