@@ -237,6 +237,19 @@ def test_a_wrong_factor_is_found(factor: float, monkeypatch: pytest.MonkeyPatch)
     assert found[0].number == pytest.approx(1 / factor, rel=0.5)
 
 
+def test_of_a_running_job_the_average_is_what_is_likely_off(healthy: Report) -> None:
+    job = of_staleness()(of_whole("kl", scale=0.3)(healthy))
+    (found,) = [one for one in job.findings() if one.code == "wrong-scale"]
+    assert found.advice.startswith("its factors are averages over past steps")
+
+
+def test_of_many_positions_the_structure_is_what_is_likely_off(healthy: Report) -> None:
+    many = replace(healthy["2"].counts, positions=1e4)
+    report = changed(of_whole("kl", scale=3.0)(healthy), counts=many)
+    (found,) = [one for one in report.findings() if one.code == "wrong-scale"]
+    assert found.advice.startswith("'kfac' leaves out what the positions")
+
+
 def test_a_dead_unit_is_found() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():

@@ -27,6 +27,11 @@ SURE = 2.0
 """Standard errors that a number must be beyond its threshold by."""
 
 
+def is_a_job(report: Report) -> bool:
+    """Whether its factors are the averages of a running job, over steps at which the model was another."""
+    return any(layer.staleness is not None for layer in report.values())
+
+
 def concentrated(layer: LayerReport, report: Report) -> Iterator[Finding]:
     """Whether one layer has nearly all of the update's KL."""
     if layer.kl is None or len(report) < FEW or layer.kl.share <= CONCENTRATED.value:
@@ -95,20 +100,21 @@ def against_empirical(layer: LayerReport, report: Report) -> Iterator[Finding]:
     ratio = None if layer.empirical is None else layer.empirical.trace_ratio
     if ratio is None:
         return
+    beside = " (which is an average over past steps)" if is_a_job(report) else ""
     if ratio < EMPIRICAL.value:
         yield EMPIRICAL.found(
             layer.name,
             ratio,
-            f"the empirical Fisher has {100 * ratio:.2g} % of its trace: the data's labels are fitted closer than the "
-            f"model's own draws",
+            f"the empirical Fisher has {100 * ratio:.2g} % of its trace{beside}: the data's labels are fitted "
+            f"closer than the model's own draws",
             "draw labels, as this library does: steps by the empirical Fisher would grow as the loss falls",
         )
     if ratio > SURPRISED.value:
         yield SURPRISED.found(
             layer.name,
             ratio,
-            f"the empirical Fisher has {ratio:.2g} times its trace: the data's labels surprise the model more than it "
-            f"expects",
+            f"the empirical Fisher has {ratio:.2g} times its trace{beside}: the data's labels surprise the model "
+            f"more than it expects",
             "early in training that is so; of a trained model look for over-confidence (calibrate a temperature), "
             "wrong labels, or a variance of the likelihood that is too small",
         )

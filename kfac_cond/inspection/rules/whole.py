@@ -19,7 +19,7 @@ from ..limits import (
     UNDERPREDICTED,
     UNUSED,
 )
-from .steps import SURE
+from .steps import SURE, is_a_job
 
 if TYPE_CHECKING:
     from ..divergence import WholeKL
@@ -87,21 +87,32 @@ def wrong_scale(report: Report) -> Iterator[Finding]:
     error = sqrt(2 * squares / (DIRECTIONS * trace**2) + of_labels**2)
     if abs(log(scale)) <= max(log(SCALE.value), SURE * error):
         return
-    wrong = (
-        "a reduction ('sum' for 'mean'), a temperature or a variance that F was made with and the model does not have, "
-        "or factors of another model"
-    )
-    spread = report.meta.get("structure") in ("kfac", "kpsvd") and any(map(_has_positions, report.values()))
     yield SCALE.found(
         None,
         scale,
         f"along random directions the measured KL is {scale:.2g} times what F predicts, and a right F would be within "
         f"a factor of {1 + SURE * error:.2g}",
-        "'kfac' leaves out what the positions of convolutions and sequences add up to: level='full' says how much, "
-        f"layer by layer, and structure='ekfac' has the exact trace; if that is not it, look for {wrong}"
-        if spread
-        else f"look for {wrong}",
+        _why_off(report),
     )
+
+
+def _why_off(report: Report) -> str:
+    """What to look for where F is off by a factor: what is likely first."""
+    wrong = (
+        "look for a reduction ('sum' for 'mean'), a temperature or a variance that F was made with and the model does "
+        "not have, or factors of another model"
+    )
+    if is_a_job(report):
+        return (
+            "its factors are averages over past steps, and the model may have moved on since: forget faster, "
+            f"Schedule(decay=...), or lower the learning rate; if they have settled, {wrong}"
+        )
+    if report.meta.get("structure") in ("kfac", "kpsvd") and any(map(_has_positions, report.values())):
+        return (
+            "'kfac' leaves out what the positions of convolutions and sequences add up to: level='full' says how much, "
+            f"layer by layer, and structure='ekfac' has the exact trace; if that is not it, {wrong}"
+        )
+    return wrong
 
 
 def _has_positions(layer: LayerReport) -> bool:
