@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, inf, isfinite, log10
+from math import ceil, isfinite, log10
 
 import numpy as np
 
 from .report import Calibration
-from .spectra import Spectrum, damping_for
+from .spectra import Spectrum, damping_for, damping_for_trace
 
 POINTS = 61
 """Dampings of a grid: five for each factor of ten."""
@@ -30,7 +30,7 @@ def calibrated(spectra: Sequence[Spectrum]) -> Calibration:
     """
     lambdas = grid(spectra)
     size = sum(one.size for one in spectra)
-    own = [kept for one in spectra if isfinite(kept := keeping_trace([one], 0.9))]
+    own = [kept for one in spectra if isfinite(kept := one.damping_for_trace(0.9))]
     return Calibration(
         lambdas,
         tuple(sum(one.effective_dimension(damping) for one in spectra) for damping in lambdas),
@@ -39,24 +39,8 @@ def calibrated(spectra: Sequence[Spectrum]) -> Calibration:
         damping_for(spectra, 0.5),
         damping_for(spectra, 0.9),
         max(own) / min(own) if len(own) > 1 else None,
-        keeping_trace(spectra, 0.9),
+        damping_for_trace(spectra, 0.9),
     )
-
-
-def keeping_trace(spectra: Sequence[Spectrum], share: float) -> float:
-    """The eigenvalue of these layers down to which a share of their trace lies; infinite where all are zero.
-
-    As a damping it leaves those directions to F that nearly all of the gradients' squares are in. That which keeps a
-    share of the effective dimension counts every direction alike, and the smallest of a trained network are round-off
-    and the noise of drawing.
-    """
-    values = np.concatenate([one.values for one in spectra])
-    masses = values * np.concatenate([one.counts for one in spectra])
-    order = np.argsort(-values, kind="stable")
-    sums = np.cumsum(masses[order])
-    if sums[-1] == 0.0:
-        return inf
-    return float(values[order][np.searchsorted(sums, share * sums[-1])])
 
 
 def cosine_expected(spectrum: Spectrum, damping: float) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -152,6 +152,10 @@ class LayerReport:
         """The damping that keeps a share of it; see ``Spectrum.damping_for``."""
         return self._spectrum().damping_for(share)
 
+    def damping_for_trace(self, share: float) -> float:
+        """The damping that keeps a share of the trace; see ``Spectrum.damping_for_trace``."""
+        return self._spectrum().damping_for_trace(share)
+
     def share_below(self, damping: float) -> float:
         """The share of eigenvalues below the damping; see ``Spectrum.share_below``."""
         return self._spectrum().share_below(damping)
@@ -204,10 +208,9 @@ class Calibration:
         rank: the number of eigenvalues above round-off, of all layers.
         keeps_half: the one damping that keeps half of the effective dimension of the whole.
         keeps_most: that keeps 90 % of it.
-        layers_apart: the largest over the smallest of the layers' own ``keeps_trace``; where it is large, no one
-            damping serves all layers. None of fewer than two layers.
-        keeps_trace: the eigenvalue down to which 90 % of the whole trace lie: as a damping it leaves to the Fisher what
-            nearly all of a gradient is in.
+        layers_apart: the largest over the smallest of the layers' own dampings that keep 90 % of their trace; where
+            it is large, no one damping serves all layers. None of fewer than two layers.
+        keeps_trace: the damping at which the Fisher, not the damping, decides directions of 90 % of the trace.
     """
 
     lambdas: tuple[float, ...]
@@ -217,7 +220,7 @@ class Calibration:
     keeps_half: float
     keeps_most: float
     layers_apart: float | None
-    keeps_trace: float = inf
+    keeps_trace: float = math.inf
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from math import ceil, inf, log, sqrt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from scipy.optimize import brentq
-from torch import Tensor
 
 from ..checks import is_damping, is_number, is_size
-from ..errors import ArgumentError, NumericalError
-from ..linalg.ladder import has_float64
-from ..linalg.sides import Diagonal, Side, as_tensor
+from ..errors import ArgumentError
+from ..linalg.sides import Diagonal
 from ..structures import Block, EigenBlock, KroneckerBlock
 from ..structures.stacked import StackedBlock
+from . import eigenvalues
+from .eigenvalues import LARGEST, Floats, cleared, descending, eigenvalues_of, gathered, host, products, round_off
 
-Floats = NDArray[np.float64]
-
-EXACT = 2**15
-"""Eigenvalues of a block that are kept one by one; of more, neighbours are taken together."""
-WIDTH = 1e-3
-"""Relative distance of eigenvalues that are taken together, each by their mean: a smooth function of them is off by the
-order of its square, below 1e-7; a count of those below a number is right but for those this near to it."""
-STEPS = ceil(log(1e40) / WIDTH)
-"""How far below the largest eigenvalue they are told apart, in such distances; all that are smaller are one."""
-LARGEST = 64
-"""The largest eigenvalues, which are kept one by one whatever their number."""
-AT_ONCE = 2**22
-"""Products of eigenvalues of the two sides that are formed at a time."""
 SPAN = 1e-16
 """The smallest eigenvalue that a histogram tells apart, over the largest."""
 
@@ -145,6 +130,27 @@ class Spectrum:
         """
         return damping_for([self], share)
 
+    def trace_kept(self, damping: float) -> float:
+        """sum_i lambda_i^2 / (lambda_i + lambda) / tr F, from 1 to 0: the effective dimension weighted by curvature.
+
+        The share of the trace in directions that the Fisher decides; the many eigenvalues that are nearly nothing do
+        not count. 0 where F is zero.
+        """
+        added = self._checked(damping)
+        kept = self.values * (self.values / (self.values + added) if added else 1.0)
+        return _over(float(kept @ self.counts), self.trace)
+
+    def damping_for_trace(self, share: float) -> float:
+        """The damping at which the Fisher decides directions of a share of its trace, ``trace_kept`` = share.
+
+        Larger than ``damping_for`` where eigenvalues span many orders, as those of trained networks do: most of the
+        rank is then in eigenvalues that no step has a use for. Infinite where F is zero.
+
+        Raises:
+            ArgumentError: a share that is not between 0 and 1.
+        """
+        return damping_for_trace([self], share)
+
     def share_below(self, damping: float) -> float:
         """The share of the P eigenvalues that are smaller than the damping, from 0 to 1.
 
@@ -201,17 +207,27 @@ class Spectrum:
 
 def damping_for(spectra: Sequence[Spectrum], share: float) -> float:
     """The one damping that keeps a share of the effective dimension of all these layers together."""
+    return _damping_at(spectra, share, lambda one, damping: one.effective_dimension(damping))
+
+
+def damping_for_trace(spectra: Sequence[Spectrum], share: float) -> float:
+    """The one damping that keeps a share of the trace of all these layers together; see ``Spectrum``."""
+    return _damping_at(spectra, share, lambda one, damping: one.trace_kept(damping) * one.trace)
+
+
+def _damping_at(spectra: Sequence[Spectrum], share: float, kept: Callable[[Spectrum, float], float]) -> float:
+    """The damping at which a share is kept of what is kept at none."""
     if not (is_number(share) and 0.0 < share < 1.0):
         raise ArgumentError(f"damping_for(share={share!r}): expected a number between 0 and 1, say 0.9")
-    aim = share * sum(one.rank for one in spectra)
+    aim = share * sum(kept(one, 0.0) for one in spectra)
     if aim == 0.0:
         return inf
     largest = max(one.largest for one in spectra)
 
     def above(logarithm: float) -> float:
-        return sum(one.effective_dimension(largest * 10.0**logarithm) for one in spectra) - aim
+        return sum(kept(one, largest * 10.0**logarithm) for one in spectra) - aim
 
-    # d_eff falls with the damping: at one this small it is all of the rank, at one this large nearly nothing.
+    # It falls with the damping: at one this small it is all there is, at one this large nearly nothing.
     low, high = -1.0, 1.0
     while above(low) < 0.0 and low > -290.0:
         low *= 2.0
@@ -251,26 +267,24 @@ def spectrum_of(block: Block) -> Spectrum:
         ArgumentError: a block on the meta device, or one known by its products alone, whose eigenvalues need the dense
             matrix.
     """
-    _require_finite(block)
+    eigenvalues.require_finite(block)
     of_A = of_G = None
-    share = _round_off(max(block.layout.matrix_shape[-2:]), block.dtype)
+    share = round_off(max(block.layout.matrix_shape[-2:]), block.dtype)
     if isinstance(block, KroneckerBlock):
-        raw = [_eigenvalues_of(side) for side in block.sides]
-        shares = [
-            0.0 if isinstance(side, Diagonal) else _round_off(side.shape[-1], block.dtype) for side in block.sides
-        ]
-        of_A, of_G = map(_cleared, raw, shares)
-        chunks, largest, size = _products(of_A, of_G), float((of_A.max(-1) * of_G.max(-1)).max()), block.layout.numel
+        raw = [eigenvalues_of(side) for side in block.sides]
+        shares = [0.0 if isinstance(side, Diagonal) else round_off(side.shape[-1], block.dtype) for side in block.sides]
+        of_A, of_G = map(cleared, raw, shares)
+        chunks, largest, size = products(of_A, of_G), float((of_A.max(-1) * of_G.max(-1)).max()), block.layout.numel
     else:
         if isinstance(block, EigenBlock) and block.values_A is not None and block.values_G is not None:
-            of_A, of_G = (_cleared(_host(one), share) for one in (block.values_A, block.values_G))
+            of_A, of_G = (cleared(host(one), share) for one in (block.values_A, block.values_G))
         stacked = isinstance(block, StackedBlock)
-        raw = [_eigenvalues_of(block._stack) if isinstance(block, StackedBlock) else _host(block.eigenvalues())]
+        raw = [eigenvalues_of(block._stack) if isinstance(block, StackedBlock) else host(block.eigenvalues())]
         # Squares in a basis have the square of its round-off; it is off by more than the matrix that it came from.
-        every = _cleared(raw[0], _round_off(raw[0].shape[-1], block.dtype) if stacked else (2 * share) ** 2).ravel()
+        every = cleared(raw[0], round_off(raw[0].shape[-1], block.dtype) if stacked else (2 * share) ** 2).ravel()
         chunks, largest, size = iter([every]), float(every.max()), every.size
-    values, counts, smallest = _gathered(chunks, largest, one_by_one=size <= EXACT)
-    inputs, outputs = _dead(block)
+    values, counts, smallest = gathered(chunks, largest, one_by_one=size <= eigenvalues.EXACT)
+    inputs, outputs = eigenvalues.dead(block)
     return Spectrum(
         block.name,
         values,
@@ -278,114 +292,11 @@ def spectrum_of(block: Block) -> Spectrum:
         smallest,
         share,
         max(_over(float(np.maximum(-one, 0.0).sum()), float(np.abs(one).sum())) for one in raw),
-        None if of_A is None else _descending(of_A),
-        None if of_G is None else _descending(of_G),
+        None if of_A is None else descending(of_A),
+        None if of_G is None else descending(of_G),
         inputs,
         outputs,
     )
-
-
-def _round_off(size: int, dtype: torch.dtype) -> float:
-    """The share of the largest eigenvalue that is round-off; see ``Spectrum``."""
-    return 2 * sqrt(size) * torch.finfo(dtype).eps
-
-
-def _cleared(values: Floats, share: float) -> Floats:
-    """The eigenvalues of each matrix with zeros for those that are negative, or a share of the largest or less."""
-    found: Floats = np.where(values > share * values.max(-1, keepdims=True), values, 0.0)
-    return np.maximum(found, 0.0)
-
-
-def _products(of_A: Floats, of_G: Floats) -> Iterator[Floats]:
-    """The eigenvalues of G (x) A, of all groups, some rows at a time."""
-    A, G = of_A.reshape(-1, of_A.shape[-1]), of_G.reshape(-1, of_G.shape[-1])
-    group = np.repeat(np.arange(len(G)), G.shape[-1])
-    rows = max(1, AT_ONCE // A.shape[-1])
-    for start in range(0, G.size, rows):
-        yield (G.ravel()[start : start + rows, None] * A[group[start : start + rows]]).ravel()
-
-
-def _gathered(chunks: Iterable[Floats], largest: float, *, one_by_one: bool) -> tuple[Floats, Floats, float]:
-    """(values descending, counts, smallest) of eigenvalues as they come, neighbours taken together where they are many.
-
-    Those that are taken together are in one step of a relative ``WIDTH`` from the largest; the ``LARGEST`` of all stay
-    by themselves.
-    """
-    if one_by_one or largest == 0.0:
-        every = _descending(np.concatenate(list(chunks)))
-        return every, np.ones_like(every), float(every[-1])
-    counts, sums, head, smallest = np.zeros(STEPS + 1), np.zeros(STEPS + 1), np.empty(0), inf
-    for chunk in chunks:
-        index = _step(chunk, largest)
-        counts += np.bincount(index, minlength=STEPS + 1)
-        sums += np.bincount(index, weights=chunk, minlength=STEPS + 1)
-        head = _descending(np.concatenate([head, np.partition(chunk, -LARGEST)[-LARGEST:]]))[:LARGEST]
-        smallest = min(smallest, float(chunk.min()))
-    np.subtract.at(counts, _step(head, largest), 1.0)
-    np.subtract.at(sums, _step(head, largest), head)
-    there = counts > 0
-    means = np.maximum(sums[there], 0.0) / counts[there]
-    return np.concatenate([head, means]), np.concatenate([np.ones_like(head), counts[there]]), smallest
-
-
-def _step(values: Floats, largest: float) -> NDArray[np.int64]:
-    """How many steps below the largest each value is; what is further than ``STEPS``, as zero is, in the last."""
-    with np.errstate(divide="ignore", over="ignore"):
-        steps = np.log(largest / values) / WIDTH
-    return np.clip(steps, 0, STEPS).astype(np.int64)
-
-
-def _require_finite(block: Block) -> None:
-    """Refuse a block that holds values which are not finite, or none at all."""
-    if block.device.type == "meta":
-        raise ArgumentError(f"{block.label} is on the meta device, which holds no values to look at")
-    if not is_dataclass(block):
-        return
-    for part in fields(block):
-        held = getattr(block, part.name)
-        if isinstance(held, Tensor) and (bad := int((~torch.isfinite(held)).sum())):
-            raise NumericalError(
-                f"{block.label}: {bad} of {held.numel()} numbers of its {part.name} are not finite: look for NaN or "
-                "infinite weights or inputs"
-            )
-
-
-def _dead(block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The columns and the rows of a layer's matrix of which F says nothing."""
-    if len(block.layout.matrix_shape) < 2:
-        return (), ()
-    if isinstance(block, KroneckerBlock):
-        inputs, outputs = (_host(side.diagonal(dim1=-2, dim2=-1)) for side in block.sides)
-    else:
-        diagonal = _host(block.diagonal())
-        inputs, outputs = diagonal.sum(-2), diagonal.sum(-1)
-    # A root mean square below the round-off of the largest one is zero; what went through a rotation has the round-off
-    # of that, which is of the squares themselves.
-    eps = torch.finfo(block.dtype).eps
-    share = eps * max(block.layout.matrix_shape[-2:]) if isinstance(block, EigenBlock) else eps**2
-    of_inputs, of_outputs = (
-        tuple(int(index) for index in np.flatnonzero(side <= share * side.max())) for side in (inputs, outputs)
-    )
-    return of_inputs, of_outputs
-
-
-def _eigenvalues_of(side: Side) -> Floats:
-    """The eigenvalues of each matrix, [..., d], in float64, where the matrix is if that can be."""
-    tensor = as_tensor(side)
-    there = (tensor if has_float64(tensor.device) else tensor.to("cpu")).to(torch.float64)
-    return _host(there if isinstance(side, Diagonal) else torch.linalg.eigvalsh(there))
-
-
-def _host(values: Tensor) -> Floats:
-    """Numbers in float64 on the host."""
-    found: Floats = values.detach().cpu().to(torch.float64).numpy()
-    return found
-
-
-def _descending(values: Floats) -> Floats:
-    """All of them, the largest first."""
-    found: Floats = np.sort(values, axis=None)[::-1].copy()
-    return found
 
 
 def _over(numerator: float, denominator: float, *, zero: float = 0.0) -> float:

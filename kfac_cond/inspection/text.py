@@ -108,11 +108,13 @@ def _totals(report: Report) -> str:
     if whole.trace_error is not None:
         text += f" +- {whole.trace_error.error:.2g}"
     if whole.calibration is not None and whole.calibration.rank:
-        text += f", 90 % of it in eigenvalues down to {whole.calibration.keeps_trace:.2g}"
-        kept, rank = whole.calibration.keeps_most, whole.calibration.rank
-        text += f"; damping {kept:.2g} keeps 90 % of the effective dimension, whose most is {rank:,}"
+        found = whole.calibration
+        text += (
+            f"; damping {found.keeps_trace:.2g} keeps 90 % of it, {found.keeps_most:.2g} 90 % of the effective "
+            f"dimension, whose most is {found.rank:,}"
+        )
     if whole.effective_dimension is not None and report.damping is not None:
-        text += f"; at damping {report.damping:g} it is {whole.effective_dimension:.4g}"
+        text += f"; at damping {report.damping:g} that is {whole.effective_dimension:.4g}"
     return text
 
 

@@ -198,8 +198,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = torch_files.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise StateError(
-            f"{path} is no safetensors file, or is truncated ({error}): save the Fisher again; of a checkpoint of a run, "
-            "load it into its KFAC, and save kfac.fisher()"
+            f"{path} is no safetensors file, or is truncated ({error}): save the Fisher again; a checkpoint is loaded "
+            "into the KFAC of its run first, and kfac.fisher() is saved"
         ) from error
     if header is None:
         raise StateError(f"{path} is a safetensors file, but not a Fisher that Fisher.save wrote")

@@ -15,7 +15,7 @@ from torch import nn
 import kfac_cond as kc
 from kfac_cond.inspection import LayerReport, Whole
 from kfac_cond.inspection.approximation import ApproximationError
-from kfac_cond.inspection.calibration import cosine_expected, keeping_trace
+from kfac_cond.inspection.calibration import cosine_expected
 from kfac_cond.inspection.findings import Finding, Limit, grouped
 from kfac_cond.inspection.limits import LIMITS
 from kfac_cond.inspection.off_diagonal import BlockDiagonality
@@ -196,9 +196,9 @@ def test_a_damping_above_the_spectrum_makes_sgd_of_it() -> None:
     assert set(found) == set(report)
     assert "all of eigenvalues lie below damping 1e+04" in found["2"].message
     assert "K-FAC acts as SGD there" in found["2"].message
-    tried = keeping_trace([report["2"].spectrum], 0.9)
+    tried = report["2"].damping_for_trace(0.9)
     assert f"try {tried:.1g}" in found["2"].advice
-    assert f"{report['2'].damping_for(0.9):.1g} is the damping that keeps 90 %" in found["2"].advice
+    assert f"({report['2'].damping_for(0.9):.1g} keeps 90 % of its effective dimension)" in found["2"].advice
     again = inspected("standard", damping=tried)
     assert "acts-as-sgd" not in {one.code for one in again.findings() if one.layer == "2"}
 
@@ -307,14 +307,6 @@ def test_the_expected_cosine_is_that_of_dense_matrices() -> None:
     expected = (P @ F).trace() / (F.trace() * (P @ P @ F).trace()).sqrt()
     assert cosine_expected(spectrum_of(block), 0.03) == pytest.approx(float(expected), rel=1e-4)
     assert cosine_expected(spectrum([0.0], [0.0]), 0.03) == 1.0
-
-
-def test_the_eigenvalue_down_to_which_a_share_of_the_trace_lies() -> None:
-    found = spectrum([8.0, 4.0, 2.0, 1.0], [1.0])
-    for share, expected in ((0.5, 8.0), (0.7, 4.0), (0.9, 2.0), (0.99, 1.0)):
-        assert keeping_trace([found], share) == expected
-    assert keeping_trace([found, spectrum([32.0], [1.0])], 0.6) == 32.0
-    assert keeping_trace([spectrum([0.0], [0.0])], 0.9) == math.inf
 
 
 def test_a_flat_spectrum_below_the_damping_is_no_fault_of_the_damping(healthy: Report) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import kfac_cond as kc
 from kfac_cond.inspection import rules, sections, work
-from kfac_cond.inspection.calibration import keeping_trace
 from kfac_cond.inspection.sections import Job, Section
 from kfac_cond.inspection.sources import passes_of_estimate
 from kfac_cond.inspection.spectra import spectrum_of
@@ -158,9 +157,8 @@ def test_dampings_of_the_whole_are_those_of_all_eigenvalues(model: nn.Module, da
     assert found.rank == int((e > 0).sum())
     for share, damping in ((0.5, found.keeps_half), (0.9, found.keeps_most)):
         assert float((e / (e + damping)).sum()) == pytest.approx(share * found.rank, rel=1e-6)
-    falling, total = e.sort(descending=True).values, float(e.sum())
-    assert found.keeps_trace == float(falling[int((falling.cumsum(0) < 0.9 * total).sum())])
-    own = [keeping_trace([layer.spectrum], 0.9) for layer in report.values() if layer.spectrum is not None]
+    assert float((e * e / (e + found.keeps_trace)).sum()) == pytest.approx(0.9 * float(e.sum()), rel=1e-6)
+    own = [layer.damping_for_trace(0.9) for layer in report.values()]
     assert found.layers_apart == pytest.approx(max(own) / min(own))
     assert found.lambdas[-1] / 10 < float(e.max()) <= found.lambdas[-1]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import spectra
+from kfac_cond.inspection import eigenvalues
 from kfac_cond.inspection.spectra import Spectrum, log_histogram, spectrum_of
 from kfac_cond.layers.layout import WeightLayout
 from kfac_cond.structures import LowRankBlock
@@ -198,6 +198,23 @@ def test_damping_for_is_the_inverse_of_the_effective_dimension(share: float) -> 
     assert found.effective_dimension(found.damping_for(share)) == pytest.approx(share * 30, rel=1e-8)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_damping_for_trace_is_that_of_the_dense_matrix(share: float) -> None:
+    A, G = moment(6), moment(5)
+    found, F = kronecker(A, G), torch.kron(G, A)
+    damping = found.damping_for_trace(share)
+    kept = (F @ torch.linalg.solve(F + damping * torch.eye(30), F)).trace() / F.trace()
+    assert float(kept) == pytest.approx(share, rel=1e-8)
+    assert found.trace_kept(damping) == pytest.approx(share, rel=1e-8)
+    assert (found.trace_kept(0.0), kronecker(torch.eye(2), torch.zeros(2, 2)).trace_kept(0.1)) == (1.0, 0.0)
+
+
+def test_eigenvalues_that_are_nearly_nothing_do_not_count_for_the_trace() -> None:
+    found = kronecker(torch.diag(torch.tensor([1.0, 1.0, 1e-10, 1e-10])), torch.eye(3))
+    assert found.damping_for(0.9) < 1e-9
+    assert found.damping_for_trace(0.9) == pytest.approx(1 / 9, rel=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(40, 30), (4, 20, 10)])
 def test_many_eigenvalues_are_taken_together_to_the_stated_precision(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -207,8 +224,8 @@ def test_many_eigenvalues_are_taken_together_to_the_stated_precision(
     layout = WeightLayout("w", None, (d_out * len(A), d_in), groups=len(A))
     block = kc.KroneckerBlock(layout, A if groups else A[0], G if groups else G[0])
     exact = spectrum_of(block)
-    monkeypatch.setattr(spectra, "EXACT", 0)
-    monkeypatch.setattr(spectra, "AT_ONCE", 128)
+    monkeypatch.setattr(eigenvalues, "EXACT", 0)
+    monkeypatch.setattr(eigenvalues, "AT_ONCE", 128)
     found = spectrum_of(block)
     assert len(found.values) < len(exact.values)
     assert (np.diff(found.values) <= 0).all()
@@ -222,7 +239,7 @@ def test_many_eigenvalues_are_taken_together_to_the_stated_precision(
 
 
 def test_zeros_are_counted_where_many_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectra, "EXACT", 0)
+    monkeypatch.setattr(eigenvalues, "EXACT", 0)
     found = kronecker(torch.diag((torch.arange(100) < 90) * 1.0), torch.eye(3))
     assert (found.rank, found.size, found.smallest, found.trace) == (270, 300, 0.0, 270.0)
 
@@ -278,3 +295,5 @@ def test_dampings_that_are_none(wrong: float) -> None:
 def test_shares_that_are_none(wrong: float) -> None:
     with pytest.raises(kc.ArgumentError, match="between 0 and 1"):
         kronecker(torch.eye(2), torch.eye(2)).damping_for(wrong)
+    with pytest.raises(kc.ArgumentError, match="between 0 and 1"):
+        kronecker(torch.eye(2), torch.eye(2)).damping_for_trace(wrong)

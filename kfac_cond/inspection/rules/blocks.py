@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from ..calibration import cosine_expected, keeping_trace
+from ..calibration import cosine_expected
 from ..findings import Finding
 from ..limits import (
     ASYMMETRY,
@@ -47,10 +47,10 @@ def damping_of(layer: LayerReport, report: Report) -> float | None:
 
 def advised(spectrum: Spectrum) -> str:
     """A damping to try in a layer, in words."""
-    of_trace, of_dimension = keeping_trace([spectrum], 0.9), spectrum.damping_for(0.9)
+    of_trace, of_dimension = spectrum.damping_for_trace(0.9), spectrum.damping_for(0.9)
     return (
-        f"try {of_trace:.1g}, above which 90 % of its trace lie; {of_dimension:.1g} is the damping that keeps 90 % of "
-        f"its effective dimension"
+        f"try {of_trace:.1g}, the damping that keeps 90 % of its trace ({of_dimension:.1g} keeps 90 % of its effective "
+        f"dimension)"
     )
 
 

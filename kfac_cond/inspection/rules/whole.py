@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from math import log, sqrt
 from typing import TYPE_CHECKING
 
-from ..calibration import keeping_trace
 from ..findings import Finding
 from ..limits import (
     APART,
@@ -191,7 +190,7 @@ def coupled(report: Report) -> Iterator[Finding]:
 def apart(report: Report) -> Iterator[Finding]:
     """Whether layers call for dampings that are far apart."""
     spectra = {name: layer.spectrum for name, layer in report.items() if layer.spectrum is not None}
-    own = {name: keeping_trace([one], 0.9) for name, one in spectra.items() if one.trace > 0.0}
+    own = {name: one.damping_for_trace(0.9) for name, one in spectra.items() if one.trace > 0.0}
     if len(own) < 2:
         return
     least, most = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
@@ -200,8 +199,8 @@ def apart(report: Report) -> Iterator[Finding]:
     yield APART.found(
         None,
         own[most] / own[least],
-        f"90 % of the trace lie above {own[most]:.1g} in `{most}` and above {own[least]:.1g} in `{least}`: one damping "
-        f"does not serve both",
+        f"90 % of the trace are kept at a damping of {own[most]:.1g} in `{most}` and of {own[least]:.1g} in `{least}`: "
+        f"one damping does not serve both",
         "give layers dampings of their own, rules={pattern: dict(damping=...)}, or one that is relative to each "
         "block's mean eigenvalue, kc.Damping(..., relative=True)",
     )
