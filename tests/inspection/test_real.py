@@ -129,7 +129,7 @@ def test_one_layer() -> None:
 
 def test_a_frozen_model() -> None:
     model = nn.Sequential(nn.Linear(4, 3)).requires_grad_(False)
-    with pytest.raises(kc.KFACError, match="trainable"):
+    with pytest.raises(kc.KFACError, match="Sequential has no trainable parameter"):
         kc.inspect(model, [torch.randn(8, 4)], "categorical")
 
 
