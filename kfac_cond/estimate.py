@@ -240,9 +240,9 @@ def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[
         if patterns is None or _named(layer, patterns)
     }
     if not wanted:
-        frozen = not any(parameter.requires_grad for parameter in request.model.parameters())
+        trainable = [parameter.requires_grad for parameter in request.model.parameters()]
         why = "no trainable parameter: call requires_grad_(True) on what is to be looked at"
-        known = why if frozen else "no layer that can be covered: see kc.coverage(model)"
+        known = why if trainable and not any(trainable) else "no layer that can be covered: see kc.coverage(model)"
         raise CoverageError(f"{type(request.model).__name__} has {known}")
     return wanted
 

@@ -140,7 +140,7 @@ def dead(layer: LayerReport, report: Report) -> Iterator[Finding]:
             spectrum.dead_outputs,
             groups * outputs,
             f"{'numbers' if inputs == 1 else 'outputs'} have no effect on any prediction, and so no gradient",
-            "prune these units or start them anew; a lower learning rate, or an activation that does not die",
+            "prune them or start them anew; a lower learning rate, or an activation that does not die",
         ),
     ):
         if len(found) > limit.value * every:
