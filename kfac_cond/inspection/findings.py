@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def findings(report: Report) -> list[Finding]:
     """All findings of all rules, the most severe first, those of one rule together."""
     from .rules import RULES
 
-    found = [one for rule in RULES for one in rule(report)]
+    # What is no number is not held against anything: a rule of its own says of which layers that is so.
+    found = [one for rule in RULES for one in rule(report) if not isnan(one.number)]
     return [one for group in grouped(found) for one in group.findings]
 
 

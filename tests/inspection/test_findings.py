@@ -293,7 +293,9 @@ def test_weights_that_are_not_finite_in_a_running_job() -> None:
     with torch.no_grad():
         model[2].weight[0, 0] = math.inf
     report = kc.inspect(kfac, data)
-    assert report.problems or "not-finite" in {one.code for one in report.findings()}
+    assert ("not-finite", "2") in codes(report)
+    assert {one.severity for one in report.findings()} == {"error"}
+    assert set(report.problems) == {"empirical"}
 
 
 # -- numbers of rules --------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _over_damped(kl: WholeKL) -> float | None:
 def small_batch(report: Report) -> Iterator[Finding]:
     """Whether a batch's gradient is mostly noise."""
     signal = report.whole.signal
-    if signal is None or signal.ratio >= SMALL_BATCH.value or signal.plain.noise <= 0.0:
+    if signal is None or signal.ratio >= SMALL_BATCH.value or not signal.plain.noise > 0.0:
         return
     needed = signal.plain.scale
     advice = (
