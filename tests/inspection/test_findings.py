@@ -194,7 +194,7 @@ def test_a_damping_above_the_spectrum_makes_sgd_of_it() -> None:
     report = inspected("standard", damping=SGD_DAMPING)
     found = {one.layer: one for one in report.findings() if one.code == "acts-as-sgd"}
     assert set(found) == set(report)
-    assert "all of eigenvalues lie below damping 1e+04" in found["2"].message
+    assert "all eigenvalues lie below damping 1e+04" in found["2"].message
     assert "K-FAC acts as SGD there" in found["2"].message
     tried = report["2"].damping_for_trace(0.9)
     assert f"try {tried:.1g}" in found["2"].advice

@@ -64,11 +64,11 @@ def acts_as_sgd(layer: LayerReport, report: Report) -> Iterator[Finding]:
     cosine = cosine_expected(spectrum, at) if measured is None else measured
     if below < MOSTLY or cosine < SGD.value:
         return
-    share = "all" if below == 1.0 else f"{100 * below:.3g} %"
+    share = "all" if below == 1.0 else f"{100 * below:.3g} % of"
     yield SGD.found(
         layer.name,
         cosine,
-        f"{share} of eigenvalues lie below damping {at:.2g}, and the cosine of its update and its gradient is "
+        f"{share} eigenvalues lie below damping {at:.2g}, and the cosine of its update and its gradient is "
         f"{cosine:.3f}; K-FAC acts as SGD there",
         advised(spectrum),
     )
