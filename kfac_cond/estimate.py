@@ -240,7 +240,10 @@ def _wanted(request: Request, functional: frozenset[str] = frozenset()) -> dict[
         if patterns is None or _named(layer, patterns)
     }
     if not wanted:
-        raise CoverageError(f"{type(request.model).__name__} has no layer that can be covered: see kc.coverage(model)")
+        trainable = [parameter.requires_grad for parameter in request.model.parameters()]
+        why = "no trainable parameter: call requires_grad_(True) on what is to be looked at"
+        known = why if trainable and not any(trainable) else "no layer that can be covered: see kc.coverage(model)"
+        raise CoverageError(f"{type(request.model).__name__} has {known}")
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""What a reading of a training run is held against: each rule with its threshold and the reason for it."""
+"""What a reading of a training run is held against, by the limits that a report is held against."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Any
 
-from .findings import Finding
+from .findings import Finding, grouped
+from .limits import CONCENTRATED, FAILED, FEW, FEW_POSITIONS, LARGE_STEP, NOT_FINITE, SGD, SKIPPED, STALE
 from .readings import Reading
-
-SGD = 0.99
-"""Cosine of update and gradient, eight degrees: beyond it what a layer is preconditioned with is a number."""
-STALE = 0.9
-"""Cosine of the updates before and after a refresh, 26 degrees: below it a tenth of each step was of another time."""
-STEP = 0.3
-"""Share of the weights' length that one step moves: a few such steps, and nothing is left of what the layer was. Plain
-training moves about a thousandth; of a small layer a first step of K-FAC may well move a tenth."""
-CONCENTRATED = 0.9
-"""Share of an update's KL in one of at least ``FEW`` layers: a trust region then shortens all for the sake of one."""
-FEW = 4
-NOT_FINITE = "not-finite"
 
 
 def alerts(reading: Reading, sides: Mapping[str, int]) -> Iterator[Finding]:
@@ -40,56 +29,44 @@ def alerts(reading: Reading, sides: Mapping[str, int]) -> Iterator[Finding]:
                 yield found
     skipped = reading.whole.get("new_skipped_captures", 0.0)
     if skipped > 0:
-        yield Finding(
-            "warning",
-            "",
-            "skipped-captures",
-            f"{skipped:g} captures since the last reading had statistics that are not finite and were left out",
+        yield SKIPPED.found(
+            None,
             skipped,
-            0.0,
+            f"{skipped:g} captures since the last reading had statistics that are not finite and were left out",
             "look for NaN or infinite inputs, too high a learning rate, or fp16 overflow",
         )
 
 
 def _not_finite(layer: str, quantities: list[str]) -> Finding:
-    return Finding(
-        "error",
+    return NOT_FINITE.found(
         layer,
-        NOT_FINITE,
-        f"`{layer}`: {', '.join(quantities)} not finite",
-        float(len(quantities)),
-        0.0,
+        len(quantities),
+        f"{', '.join(quantities)} not finite",
         "look for NaN or infinite inputs or weights, or too high a learning rate",
     )
 
 
 def _acts_as_sgd(layer: str, numbers: Mapping[str, float], side: int | None, layers: int) -> Finding | None:
     cosine = numbers.get("cosine")
-    if "age" not in numbers or cosine is None or cosine < SGD:
+    if "age" not in numbers or cosine is None or cosine < SGD.value:
         return None
-    return Finding(
-        "warning",
+    return SGD.found(
         layer,
-        "acts-as-sgd",
-        f"`{layer}`: the cosine of its update and its gradient is {cosine:.4f}; K-FAC acts as SGD there",
         cosine,
-        SGD,
+        f"the cosine of its update and its gradient is {cosine:.4f}; K-FAC acts as SGD there",
         "lower the damping, or give the layer its own with rules={pattern: dict(damping=...)}; kc.inspect(kfac) says "
-        "which keeps 90 % of the effective dimension",
+        "which to try",
     )
 
 
 def _stale(layer: str, numbers: Mapping[str, float], side: int | None, layers: int) -> Finding | None:
     cosine = numbers.get("stale_cosine")
-    if cosine is None or cosine >= STALE:
+    if cosine is None or cosine >= STALE.value:
         return None
-    return Finding(
-        "warning",
+    return STALE.found(
         layer,
-        "stale",
-        f"`{layer}`: the last refresh turned its update by a cosine of {cosine:.3f}: the inverse before was stale",
         cosine,
-        STALE,
+        f"the last refresh turned its update by a cosine of {cosine:.3f}: the inverse before was stale",
         "refresh more often, Schedule(inverses=...) or kc.Adaptive, or forget more slowly, Schedule(decay=...)",
     )
 
@@ -98,59 +75,48 @@ def _few_positions(layer: str, numbers: Mapping[str, float], side: int | None, l
     positions = numbers.get("effective_positions")
     if positions is None or side is None or positions >= side:
         return None
-    return Finding(
-        "info",
+    return FEW_POSITIONS.found(
         layer,
-        "few-positions",
-        f"`{layer}`: its factors are averages of about {positions:.0f} positions, and have a side of {side}: they are "
-        f"singular, and the damping decides in what is left",
         positions,
-        float(side),
+        f"its factors are averages of about {positions:.0f} positions, and have a side of {side}: they are singular, "
+        f"and the damping decides in what is left",
         "average over more, with a decay nearer to 1 or captures of larger batches; early in a run it goes by itself",
+        threshold=side,
     )
 
 
 def _failed(layer: str, numbers: Mapping[str, float], side: int | None, layers: int) -> Finding | None:
     failures = numbers.get("failures", 0.0)
-    if failures <= 0:
+    if failures <= FAILED.value:
         return None
-    return Finding(
-        "warning",
+    return FAILED.found(
         layer,
-        "failed",
-        f"`{layer}`: its last {failures:g} factorisations failed, and an older inverse stands in",
         failures,
-        0.0,
+        f"its last {failures:g} factorisations failed, and an older inverse stands in",
         "raise the damping; look for too high a learning rate or fp16 overflow",
     )
 
 
 def _large_step(layer: str, numbers: Mapping[str, float], side: int | None, layers: int) -> Finding | None:
     share = numbers.get("step_to_weight")
-    if share is None or share <= STEP:
+    if share is None or share <= LARGE_STEP.value:
         return None
-    return Finding(
-        "warning",
+    return LARGE_STEP.found(
         layer,
-        "large-step",
-        f"`{layer}`: one step moves it by {100 * share:.0f} % of the length of its weights",
         share,
-        STEP,
+        f"one step moves it by {100 * share:.0f} % of the length of its weights",
         "bound the update, trust_region=kc.KLClip(1e-3), lower the learning rate, or raise the damping",
     )
 
 
 def _concentrated(layer: str, numbers: Mapping[str, float], side: int | None, layers: int) -> Finding | None:
     share = numbers.get("kl_share")
-    if share is None or share <= CONCENTRATED or layers < FEW:
+    if share is None or share <= CONCENTRATED.value or layers < FEW:
         return None
-    return Finding(
-        "info",
+    return CONCENTRATED.found(
         layer,
-        "kl-concentrated",
-        f"`{layer}`: {100 * share:.0f} % of the update's KL is in this layer of {layers}",
         share,
-        CONCENTRATED,
+        f"{100 * share:.0f} % of the update's KL is in this layer of {layers}",
         "raise its damping with rules={pattern: dict(damping=...)}, so that a trust region does not shorten the others",
     )
 
@@ -161,11 +127,6 @@ _RULES: tuple[_Rule, ...] = (_acts_as_sgd, _stale, _few_positions, _failed, _lar
 
 def in_words(findings: list[Finding], heard: set[Any]) -> Iterator[str]:
     """A line for each rule that finds something in layers it has not spoken of before; information is left out."""
-    fresh: dict[str, list[Finding]] = {}
-    for one in findings:
-        if one.severity != "info" and (one.code, one.layer) not in heard:
-            heard.add((one.code, one.layer))
-            fresh.setdefault(one.code, []).append(one)
-    for several in fresh.values():
-        others = f" (and so in {len(several) - 1} more)" if len(several) > 1 else ""
-        yield f"{several[0].message}{others}: {several[0].advice}"
+    fresh = [one for one in findings if one.severity != "info" and (one.code, one.layer) not in heard]
+    heard.update((one.code, one.layer) for one in fresh)
+    yield from map(str, grouped(fresh))

@@ -30,7 +30,7 @@ def calibrated(spectra: Sequence[Spectrum]) -> Calibration:
     """
     lambdas = grid(spectra)
     size = sum(one.size for one in spectra)
-    own = [kept for one in spectra if isfinite(kept := one.damping_for(0.9))]
+    own = [kept for one in spectra if isfinite(kept := one.damping_for_trace(0.9))]
     return Calibration(
         lambdas,
         tuple(sum(one.effective_dimension(damping) for one in spectra) for damping in lambdas),
@@ -41,3 +41,16 @@ def calibrated(spectra: Sequence[Spectrum]) -> Calibration:
         max(own) / min(own) if len(own) > 1 else None,
         damping_for_trace(spectra, 0.9),
     )
+
+
+def cosine_expected(spectrum: Spectrum, damping: float) -> float:
+    """tr F P / sqrt(tr F tr F P^2), P = (F + damping)^-1: the cosine of g and P g, of moments over g with E g g^T = F.
+
+    Such a g is the gradient of a term at a drawn label, so this is what the cosine of a preconditioned and a plain
+    gradient comes to where no gradient is at hand; 1 where F is zero.
+    """
+    P = 1.0 / (spectrum.values + damping)
+    masses = spectrum.values * spectrum.counts
+    if masses.sum() == 0.0:
+        return 1.0
+    return float((masses @ P) / np.sqrt(masses.sum() * (masses @ P**2)))

@@ -21,8 +21,9 @@ from ..preconditioner import KFAC
 from ..structures import Trained
 from ..watching import Step
 from . import watched
-from .alerts import NOT_FINITE, alerts, in_words
+from .alerts import alerts, in_words
 from .findings import Finding
+from .limits import NOT_FINITE
 from .readings import ABSENT, Arriving, Measured, Reading
 
 logger = logging.getLogger("kfac_cond")
@@ -239,7 +240,7 @@ class Monitor:
             layers.setdefault(name, {}).update(known)
         of_whole = layers.pop(WHOLE, {})
         reading = Reading(self._step, self._whole(layers) | of_whole, layers, spectra)
-        found = [one for one in alerts(reading, self._sides()) if not (self._scaled and one.code == NOT_FINITE)]
+        found = [one for one in alerts(reading, self._sides()) if not (self._scaled and one.code == NOT_FINITE.code)]
         reading = replace(reading, findings=tuple(found))
         self.readings.append(reading)
         if is_initialised() and dist.get_rank() != 0:

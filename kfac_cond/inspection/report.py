@@ -206,8 +206,8 @@ class Calibration:
         rank: the number of eigenvalues above round-off, of all layers.
         keeps_half: the one damping that keeps half of the effective dimension of the whole.
         keeps_most: that keeps 90 % of it.
-        layers_apart: the largest over the smallest of the layers' own dampings that keep 90 % of theirs; where it is
-            large, no one damping serves all layers. None of fewer than two layers.
+        layers_apart: the largest over the smallest of the layers' own dampings that keep 90 % of their trace; where
+            it is large, no one damping serves all layers. None of fewer than two layers.
         keeps_trace: the damping at which the Fisher, not the damping, decides directions of 90 % of the trace.
     """
 
@@ -237,6 +237,7 @@ class Whole:
         sampling: check of the drawn labels themselves.
         block_diagonality: share of the Fisher outside the layers' blocks.
         signal: gradient signal to noise of all layers together.
+        unused: layers that were asked for and have no block, since no forward used them.
     """
 
     parameters: int
@@ -250,6 +251,7 @@ class Whole:
     sampling: SamplingCheck | None = None
     block_diagonality: BlockDiagonality | None = None
     signal: Signal | None = None
+    unused: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         from .text import whole_text

@@ -231,9 +231,13 @@ def _damping_at(spectra: Sequence[Spectrum], share: float, kept: Callable[[Spect
     low, high = -1.0, 1.0
     while above(low) < 0.0 and low > -290.0:
         low *= 2.0
+    low = max(low, -290.0)
+    if above(low) < 0.0:
+        # Eigenvalues span more than numbers do, as where gradients vanish over hundreds of layers.
+        return float(largest * 10.0**low)
     while above(high) > 0.0:
         high += 2.0
-    return float(largest * 10.0 ** brentq(above, max(low, -290.0), high, xtol=1e-10))
+    return float(largest * 10.0 ** brentq(above, low, high, xtol=1e-10))
 
 
 def log_histogram(values: Floats, counts: Floats | None = None, bins: int = 40) -> tuple[Floats, Floats]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..tables import fitted, table
+from .findings import grouped
 from .plain import flat, plain
 
 if TYPE_CHECKING:
@@ -67,10 +68,9 @@ def _facts(report: Report) -> Iterator[str]:
 
 
 def _findings(report: Report) -> Iterator[str]:
-    """The most severe findings, and how many more there are."""
-    found = report.findings()
-    for one in found[:MOST_FINDINGS]:
-        yield f"{one.severity}: {one.message}{'; ' * bool(one.advice)}{one.advice}"
+    """A line for each of the most severe rules that found something, and how many more there are."""
+    found = grouped(report.findings())
+    yield from map(str, found[:MOST_FINDINGS])
     if len(found) > MOST_FINDINGS:
         yield f"... {len(found) - MOST_FINDINGS} more findings: report.findings()"
 

@@ -113,6 +113,7 @@ class Work:
             None if self.damping is None else sum(one.effective_dimension(self.damping) for one in spectra),
             self._known.covered,
             self._known.uncovered,
+            unused=tuple(self._known.without),
             **self._of_whole,
         )
         meta.pop("counts", None)

@@ -57,8 +57,8 @@ def test_a_line_for_each_code_and_once_for_each_layer():
     of_two = {name: {"cosine": 1.0, "age": 1.0} for name in ("a", "b")}
     findings, heard = list(alerts(Reading(0, {}, of_two), {})), set()
     (line,) = in_words(findings, heard)
-    assert line.startswith("`a`:")
-    assert "and so in 1 more" in line
+    assert line.startswith("warning: `a`:")
+    assert "and so in 1 more: b" in line
     assert list(in_words(findings, heard)) == []
 
 

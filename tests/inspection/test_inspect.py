@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import sections, work
+from kfac_cond.inspection import rules, sections, work
 from kfac_cond.inspection.sections import Job, Section
 from kfac_cond.inspection.sources import passes_of_estimate
 from kfac_cond.inspection.spectra import spectrum_of
@@ -158,7 +158,7 @@ def test_dampings_of_the_whole_are_those_of_all_eigenvalues(model: nn.Module, da
     for share, damping in ((0.5, found.keeps_half), (0.9, found.keeps_most)):
         assert float((e / (e + damping)).sum()) == pytest.approx(share * found.rank, rel=1e-6)
     assert float((e * e / (e + found.keeps_trace)).sum()) == pytest.approx(0.9 * float(e.sum()), rel=1e-6)
-    own = [layer.damping_for(0.9) for layer in report.values()]
+    own = [layer.damping_for_trace(0.9) for layer in report.values()]
     assert found.layers_apart == pytest.approx(max(own) / min(own))
     assert found.lambdas[-1] / 10 < float(e.max()) <= found.lambdas[-1]
 
@@ -305,6 +305,7 @@ def test_the_cost_is_said_before_anything_runs(
 
 
 def test_sections_go_to_their_places(model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "RULES", ())
     monkeypatch.setattr(sections, "SECTIONS", (section("signal"), section("approximation", "full")))
     report = kc.inspect(model, data, "categorical", damping=0.25)
     assert (report["2"].signal, report["2"].approximation, report.whole.kl) == (Found(13.0), None, Found(0.25))
@@ -329,6 +330,7 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(rules, "RULES", ())
     monkeypatch.setattr(sections, "SECTIONS", (section("empirical", error=error), section("signal")))
     report = kc.inspect(model, data, "categorical")
     assert report["0"].empirical is None and report["0"].signal == Found(13.0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import kfac_cond as kc
-from kfac_cond.inspection import findings
+from kfac_cond.inspection import rules
 from kfac_cond.inspection.plain import finite, flat, plain
 from kfac_cond.inspection.report import Counts, LayerReport, Whole
 
@@ -83,7 +83,7 @@ def test_the_most_severe_findings_are_below_the_table(report: kc.Report, monkeyp
             kc.Finding("error", "0", "e", "it is wrong", 1.0, 2.0, "mend it")
         ]
 
-    monkeypatch.setattr(findings, "RULES", (rule,))
+    monkeypatch.setattr(rules, "RULES", (rule,))
     lines = str(report).splitlines()
     (first,) = [index for index, line in enumerate(lines) if line.startswith("error")]
     assert lines[first : first + 2] == ["error: it is wrong; mend it", "info: message 0; do it"]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from importlib import resources
 from typing import Any
 
 from ...files import replaced
+from ..findings import Finding, grouped
 from .absent import absent
 from .island import island
 from .maps import factor_maps
 from .meanings import of_comparison, of_report
 
 INSTALL = "pip install 'kfac-cond[inspect]'"
-SEVERITIES = ("error", "warning", "info")
 
 
 def save_page(html: str, path: str | os.PathLike[str]) -> None:
@@ -40,11 +41,12 @@ def report_page(report: Any) -> str:
         ImportError: without jinja2 or plotly, with what to install.
     """
     data = _with_its_damping(report)
-    found = sorted(data["findings"], key=lambda one: SEVERITIES.index(one["severity"]))
+    groups = grouped(Finding(**one) for one in data["findings"])
+    found = [asdict(one) for group in groups for one in group.findings]
     maps = factor_maps(getattr(report, "fisher", None), _by_weight(data, found))
     shown = {**data, "maps": maps, "meanings": of_report(report)}
     names = [layer["name"] for layer in data["layers"]]
-    return _page("report.html", "report.js", shown, findings=found, names=names, absent=absent(data, maps))
+    return _page("report.html", "report.js", shown, groups=groups, names=names, absent=absent(data, maps))
 
 
 def comparison_page(comparison: Any) -> str:

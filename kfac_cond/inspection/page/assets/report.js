@@ -43,7 +43,7 @@ const COLUMNS = [
   { key: "name", title: "Layer", className: "name", ascendsFirst: true, value: (row) => row.name, help: "Name in the model" },
   { key: "depth", title: "#", ascendsFirst: true, value: (row) => row.depth, help: "Place in the order of the model" },
   { key: "found", title: "Findings", className: "text severities", value: (row) => 100 * (RANK[row.severity] ?? 0) + row.found.length,
-    text: (value) => (value ? `${value % 100} ${["info", "warning", "error"][Math.floor(value / 100) - 1]}` : "–"), help: "How many, and the gravest" },
+    text: (value) => (value ? `${value % 100}${value % 100 > 1 ? ", worst" : ""} ${["info", "warning", "error"][Math.floor(value / 100) - 1]}` : "–"), help: "How many, and the gravest" },
   { key: "dimension", title: "d_eff (λ)", follows: true, value: dimension, help: "tr F (F + λ)⁻¹: directions that the damping leaves alone" },
   { key: "share", title: "Share below λ", follows: true, value: below, text: percent, help: "Share of the eigenvalues below the damping: there K-FAC acts as SGD" },
   { key: "damped", title: "Condition (λ)", follows: true, value: damped, help: "Condition number of F + λ" },
@@ -238,7 +238,7 @@ function wire() {
     needing.hidden = !rows.some((row) => row[needing.dataset.needs]);
   }
   byId("depth-kinds").textContent = symbolsOf(rows).said;
-  shorten(document.querySelectorAll(".findings li"), byId("all-findings"));
+  shorten(document.querySelectorAll(".findings > li"), byId("all-findings"));
 }
 
 function fillKL() {
@@ -276,7 +276,8 @@ function picture() {
 }
 
 function begin() {
-  at = nearest(data.damping);
+  // Where none was given, the one that keeps most of the trace.
+  at = nearest(data.damping ?? data.whole.calibration?.keeps_trace);
   byId("lambda").value = String(at);
   if (parameters > 0) sayDamping();
   else byId("damping").hidden = true;
