@@ -92,7 +92,8 @@ def test_the_schedule_is_the_default_one(ranks):
     assert (schedule.factors, schedule.inverses) == (ranks.FACTORS, ranks.INVERSES)
 
 
-def test_the_table_of_a_residual_network(ranks, tmp_path, capsys):
+def test_the_table_of_a_residual_network(ranks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     out = tmp_path / "ranks.json"
     assert ranks.main(["--ranks", "1", "8", "--models", "resnet-50", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())
