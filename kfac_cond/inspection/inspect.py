@@ -147,5 +147,9 @@ def _check(
         raise ArgumentError(
             "Options(held_out=...) without data: expected the batches that the Fisher comes from as well"
         )
+    if options.held_out is not None and level == "quick":
+        raise ArgumentError(
+            "Options(held_out=...) at level='quick', which measures no KL: expected 'standard' or 'full'"
+        )
     if options.layers is not None and layers != "*":
         raise ArgumentError("layers are given twice, also by options: give them by layers= alone")

@@ -182,6 +182,8 @@ class LayerReport:
                 found[field.name] = _of_spectrum(value, lambdas)
             elif value is not None:
                 found[field.name] = plain(value)
+        if self.trace_per_example is not None:
+            found["spectrum"]["per_example"] = self.trace_per_example
         return found
 
     def __repr__(self) -> str:

@@ -104,6 +104,7 @@ def test_terms_and_examples_are_different_numbers() -> None:
     counts = report[""].counts
     assert counts is not None and (counts.terms, counts.examples, counts.positions) == (35.0, 5, 35.0)
     assert report[""].trace_per_example == pytest.approx(7 * report[""].spectrum.trace)
+    assert report.to_dict()["layers"][0]["spectrum"]["per_example"] == report[""].trace_per_example
 
 
 def test_a_layer_that_never_took_part_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -371,6 +372,10 @@ def test_a_running_job_with_data_has_the_sections(
         ({"layers": 3}, "layers=3: expected a pattern"),
         ({"layers": []}, "expected a pattern, or a list"),
         ({"layers": "0", "options": kc.Options(layers="2")}, "layers are given twice"),
+        (
+            {"level": "quick", "options": kc.Options(held_out=[torch.ones(1, 3)])},
+            "at level='quick', which measures no KL",
+        ),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str, model: nn.Module, data: list[Tensor]) -> None:

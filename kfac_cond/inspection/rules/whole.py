@@ -167,7 +167,7 @@ def small_batch(report: Report) -> Iterator[Finding]:
     yield SMALL_BATCH.found(
         None,
         max(signal.ratio, 0.0),
-        f"the gradient of a batch of {signal.batch:.0f} is {100 * max(signal.ratio, 0.0):.2g} % signal to noise, in "
+        f"the gradient of {signal.batch:.0f} examples is {100 * max(signal.ratio, 0.0):.2g} % signal to noise, in "
         f"squares",
         f"{advice}: larger batches, accumulation or momentum, or a lower learning rate near the end of training",
     )
