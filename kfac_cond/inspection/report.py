@@ -66,6 +66,8 @@ class Numerics:
             that the block is stored in; no unit. None where nothing was inverted. Cost: one inverse.
         damping: the lambda of it, in the units of F.
         failures: factorisations in a row that failed in training; None where nothing was trained.
+
+    Source: Higham 2002 (Accuracy and Stability of Numerical Algorithms), section 14.1, for residuals of inverses.
     """
 
     asymmetry: float
@@ -90,6 +92,9 @@ class Cost:
         milliseconds: of making it, measured.
         predicted_milliseconds: the operations, at the rate of the middle one of those of all layers: a layer that takes
             many times as long is slow for another reason than its size.
+
+    Cost: the inverse that is timed, from 'standard' on; nothing beside it.
+    Source: Golub & Van Loan 2013 (Matrix Computations), sections 4.2 and 8.3, for the operations.
     """
 
     held: int
