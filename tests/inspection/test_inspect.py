@@ -137,6 +137,33 @@ def test_nothing_is_changed(data: list[Tensor]) -> None:
     assert not model._forward_hooks and not model[0]._forward_hooks and model.training
 
 
+def test_an_interruption_anywhere_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    labelled = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+    state = torch.get_rng_state()
+    given, stop = 0, 0
+
+    def interrupted() -> Iterator[Any]:
+        nonlocal given
+        for batch in labelled:
+            given += 1
+            if given == stop:
+                raise KeyboardInterrupt
+            yield batch
+
+    kc.inspect(model, interrupted, "categorical", level="full")
+    whole, given = given, 0
+    for stop in range(1, whole + 1):
+        given = 0
+        with pytest.raises(KeyboardInterrupt):
+            kc.inspect(model, interrupted, "categorical", level="full")
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters()) and model.training
+        assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
 def test_one_draw_has_no_spread(model: nn.Module, data: list[Tensor]) -> None:
     report = kc.inspect(model, data, "categorical", samples=1)
     assert report["0"].sampling is None
