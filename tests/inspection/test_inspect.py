@@ -142,7 +142,7 @@ def test_an_interruption_anywhere_leaves_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     labelled = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
     state = torch.get_rng_state()
-    given, stop = 0, 0
+    given = stop = 0
 
     def interrupted() -> Iterator[Any]:
         nonlocal given
@@ -154,8 +154,8 @@ def test_an_interruption_anywhere_leaves_the_model_as_it_was() -> None:
 
     kc.inspect(model, interrupted, "categorical", level="full")
     whole, given = given, 0
-    for stop in range(1, whole + 1):
-        given = 0
+    while stop < whole:
+        given, stop = 0, stop + 1
         with pytest.raises(KeyboardInterrupt):
             kc.inspect(model, interrupted, "categorical", level="full")
         assert torch.equal(torch.get_rng_state(), state)
