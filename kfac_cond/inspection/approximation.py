@@ -83,9 +83,6 @@ def passes(samples: int) -> float:
     return 2 * (1 + samples) / 3
 
 
-PASSES = passes
-
-
 def measure(
     model: nn.Module,
     data: Batches,

@@ -105,9 +105,6 @@ def passes(layers: int, *, held_out: bool = False, proposed: bool = False) -> fl
     return (not proposed) + (forwards + elsewhere) / 3
 
 
-PASSES = passes
-
-
 def measure(
     model: nn.Module,
     data: Batches,

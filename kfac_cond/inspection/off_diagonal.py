@@ -55,9 +55,6 @@ def passes(probes: int) -> float:
     return 1 / 3 + 2 * probes * 4 / 3
 
 
-PASSES = passes
-
-
 def measure(
     model: nn.Module,
     data: Batches,
